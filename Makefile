@@ -1,0 +1,58 @@
+# The commands people and CI share. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SHELLFLAGS := -eu -o pipefail -c
+
+CHURN_HOME ?= $(CURDIR)/var
+CHURN_CONFIG ?=
+export CHURN_HOME CHURN_CONFIG
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
+VENV := .venv
+BIN := $(VENV)/bin
+UV := uv==0.13.9
+
+.PHONY: help env run up test lint format lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+		| awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+env: $(VENV)/.ready ## make the environment from requirements.lock
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3 on the PATH; install Python 3.11 or name one with PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' \
+		|| { echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.11 to 3.14 is needed, name one with PYTHON=/path/to/python"; exit 1; }
+	@echo "making the environment in $(VENV) (once, about a minute)"
+	@"$(PYTHON)" -m venv $(VENV) || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$(UV)" 2>/dev/null \
+		|| { echo "error: the package registry cannot be reached; check the network and pip's settings"; exit 1; }
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes --compile-bytecode requirements.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: env ## materialize the whole graph and print what came out
+	@$(BIN)/churn run
+
+up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
+	@$(BIN)/churn up
+
+test: env ## the test suite
+	@$(BIN)/python -m pytest
+
+lint: env ## formatting, lint and types
+	@$(BIN)/ruff format --check --quiet . || { echo "run make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ty check --quiet
+
+format: env ## write the formatting and the safe fixes
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+lock: env ## resolve pyproject.toml anew into requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade -o requirements.lock
+
+clean: ## remove the environment and the default home
+	rm -rf $(VENV) var

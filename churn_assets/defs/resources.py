@@ -1,0 +1,133 @@
+"""What the assets work with: the home and its lake, the source, MLflow, the records between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import msgspec
+
+from churn_assets.contract.features import Feature, features_for
+from churn_assets.data.lake import Lake
+from churn_assets.data.sources import Source, open_source
+from churn_assets.errors import UserError
+from churn_assets.home import Home
+from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
+from churn_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class Project:
+    """The project as an asset sees it: settings, home, lake, source and the two clocks."""
+
+    home: Home
+    settings: Settings
+
+    @cached_property
+    def lake(self) -> Lake:
+        """The partitioned tables of this home."""
+        return Lake(str(self.home.lake))
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the raw events come from."""
+        return open_source(self.settings.source, start=self.settings.calendar.start)
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features this source has, in the order the model sees them."""
+        return features_for(self.settings.raw_tables)
+
+    def now(self) -> datetime:
+        """Operational time."""
+        return datetime.now(UTC)
+
+    def data_time(self) -> date:
+        """The newest day for which every raw table of the source is there.
+
+        Raises UserError when nothing has been materialized yet.
+        """
+        newest = []
+        for table in self.settings.raw_tables:
+            days = self.lake.days(table)
+            if not days:
+                raise UserError(f"there is no partition of {table} yet; materialize the raw assets")
+            newest.append(days[-1])
+        return min(newest)
+
+    def mlflow_client(self) -> MlflowClient:
+        """A client of this home's tracking and registry store."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.home.mlflow_uri)
+
+
+@dg.resource(
+    config_schema={"experiment_name": str, "mlflow_tracking_uri": str, "artifacts": str},
+    description="dagster-mlflow's resource: the steps of one Dagster run share one MLflow run.",
+)
+def mlflow_tracking(context: dg.InitResourceContext) -> Iterator[Any]:
+    """dagster-mlflow's resource, imported when a step asks for it (mlflow takes seconds)."""
+    import dagster_mlflow
+    from mlflow import MlflowClient
+
+    config = context.resource_config
+    ensure_experiment(MlflowClient(config["mlflow_tracking_uri"]), Path(config["artifacts"]))
+    yield from dagster_mlflow.mlflow_tracking.resource_fn(context)
+
+
+def mlflow_for(home: Home) -> dg.ResourceDefinition:
+    """The MLflow resource of `home`."""
+    return mlflow_tracking.configured(
+        {
+            "experiment_name": EXPERIMENT,
+            "mlflow_tracking_uri": home.mlflow_uri,
+            "artifacts": str(home.mlflow_artifacts),
+        }
+    )
+
+
+class RecordIOManager(dg.IOManager):
+    """Hands small records from one asset to the next as JSON, one file a run.
+
+    A step reads what its own run wrote, or else the newest: so one asset can be materialized alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        """Store a msgspec Struct under the asset's name and the run's id."""
+        if obj is None:
+            return
+        folder = self._folder.joinpath(*context.asset_key.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (f"{context.run_id}.json", "latest.json"):
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(obj)))
+            temporary.replace(folder / name)
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """The upstream asset's record, as the type the parameter is annotated with."""
+        record = read_record(self._folder, context.asset_key.path[-1], context.run_id)
+        return msgspec.json.decode(record, type=context.dagster_type.typing_type)
+
+
+def read_record(folder: Path, asset: str, run_id: str | None = None) -> bytes:
+    """The record `asset` left in run `run_id`, or else its newest.
+
+    Raises UserError when there is none.
+    """
+    for name in (f"{run_id}.json", "latest.json"):
+        path = folder / asset / name
+        if path.exists():
+            return path.read_bytes()
+    raise UserError(f"{asset} has not been materialized yet; materialize it first")

@@ -1,0 +1,131 @@
+"""Where a run keeps its state: everything under CHURN_HOME, so that two homes never meet."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from churn_assets.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders of one home. Nothing the product writes lies outside of them."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> Home:
+        """CHURN_HOME, or `var` beside the project."""
+        return cls(Path(os.environ.get("CHURN_HOME") or PROJECT_ROOT / "var").expanduser().resolve())
+
+    @property
+    def dagster(self) -> Path:
+        """Dagster's instance: DAGSTER_HOME."""
+        return self.root / "dagster"
+
+    @property
+    def lake(self) -> Path:
+        """Partitioned parquet."""
+        return self.root / "lake"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's tracking and registry store; CHURN_MLFLOW_URI names another."""
+        return os.environ.get("CHURN_MLFLOW_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """MLflow's artifacts."""
+        return self.root / "mlartifacts"
+
+    @property
+    def bentoml(self) -> Path:
+        """BENTOML_HOME: the built bentos."""
+        return self.root / "bentoml"
+
+    @property
+    def releases(self) -> Path:
+        """One directory a release."""
+        return self.root / "serving" / "releases"
+
+    @property
+    def records(self) -> Path:
+        """What each asset handed to the next, as JSON."""
+        return self.root / "records"
+
+    @property
+    def reports(self) -> Path:
+        """The HTML reports, which `make up` serves."""
+        return self.root / "reports"
+
+    @property
+    def summary(self) -> Path:
+        """What `make run` printed, for a machine."""
+        return self.root / "run" / "summary.json"
+
+    def prepare(self) -> None:
+        """Make the folders, hand Dagster its configuration and point the libraries here.
+
+        Raises UserError when the home cannot be written.
+        """
+        folders = (
+            self.dagster / "storage",
+            self.lake,
+            self.mlflow_artifacts,
+            self.bentoml,
+            self.releases,
+            self.records,
+            self.reports,
+            self.summary.parent,
+        )
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            wanted = (PROJECT_ROOT / "dagster.yaml").read_bytes()
+            target = self.dagster / "dagster.yaml"
+            if not target.exists() or target.read_bytes() != wanted:
+                target.write_bytes(wanted)
+        except OSError as error:
+            raise UserError(
+                f"CHURN_HOME {self.root} cannot be used ({error.strerror}: {error.filename}); "
+                "set CHURN_HOME to a folder you may write"
+            ) from error
+        os.environ.update(self.environment())
+
+    def environment(self) -> dict[str, str]:
+        """What a process of this home needs in its environment."""
+        return {
+            "CHURN_HOME": str(self.root),
+            "DAGSTER_HOME": str(self.dagster),
+            "CHURN_DAGSTER_STORAGE": str(self.dagster / "storage"),
+            "DAGSTER_EVENT_BATCH_SIZE": "1000",
+            "BENTOML_HOME": str(self.bentoml),
+            "BENTOML_DO_NOT_TRACK": "True",
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "GIT_PYTHON_REFRESH": "quiet",
+        }
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the home for one command; the lock goes with the process, however it ends.
+
+        Raises UserError when another command holds it.
+        """
+        with (self.root / "run.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another `make run` is using {self.root}; wait for it or set CHURN_HOME "
+                    "to another folder"
+                ) from None
+            yield

@@ -1,0 +1,125 @@
+"""All settings in one place: read from the YAML file CHURN_CONFIG names, checked, and frozen."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from churn_assets.data.gate import GatePolicy
+from churn_assets.data.sources import SourceConfig, source_tables
+from churn_assets.data.windows import Windows
+from churn_assets.errors import UserError
+from churn_assets.modeling.gates import QualityPolicy
+from churn_assets.modeling.training import TrainingPolicy
+from churn_assets.monitoring.drift import DriftPolicy
+
+DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
+
+
+class Calendar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which days there are.
+
+    start: the first day with data. end: the last one, for a source that has ended. days: how much
+    history the first `make run` brings in (default: everything up to `end`, or yesterday).
+    """
+
+    start: date
+    end: date | None = None
+    days: int | None = None
+
+
+class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Cron expressions, in `timezone`."""
+
+    daily_refresh: str = "0 2 * * *"
+    training: str = "0 6 * * 1"
+    drift_report: str = "0 4 * * *"
+    timezone: str = "UTC"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that is configured. See churn_assets/config/shop.yaml for each key."""
+
+    source: SourceConfig
+    calendar: Calendar
+    team: str = "growth"
+    use_case: str = "customer churn"
+    model_name: str = "churn"
+    seed: int = 42
+    windows: Windows = Windows()
+    data_gate: GatePolicy = GatePolicy()
+    training: TrainingPolicy = TrainingPolicy()
+    quality_gates: QualityPolicy = QualityPolicy()
+    drift: DriftPolicy = DriftPolicy()
+    schedules: Schedules = Schedules()
+
+    @property
+    def raw_tables(self) -> tuple[str, ...]:
+        """The raw tables the source has."""
+        return source_tables(self.source)
+
+    def history(self, today: date) -> tuple[date, date]:
+        """The first and last day of history `make run` brings in.
+
+        Raises UserError when that would reach beyond yesterday or is empty.
+        """
+        start, yesterday = self.calendar.start, today - timedelta(days=1)
+        last = self.calendar.end or yesterday
+        if self.calendar.days is not None:
+            last = min(last, start + timedelta(days=self.calendar.days - 1))
+        last = min(last, yesterday)
+        if last < start:
+            raise UserError(
+                f"calendar: no complete day between {start} and {last}; "
+                "set calendar.start to an earlier day"
+            )
+        return start, last
+
+
+def load_settings(path: str | Path | None = None) -> Settings:
+    """The settings of `path`, of the file CHURN_CONFIG names, or of the built-in shop.
+
+    Raises UserError naming the file and the key when something in it is wrong.
+    """
+    chosen = Path(path or os.environ.get("CHURN_CONFIG") or DEFAULT_CONFIG).expanduser()
+    try:
+        document = yaml.safe_load(chosen.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {chosen}; check CHURN_CONFIG") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{chosen} cannot be read ({error}); check CHURN_CONFIG") from error
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"{chosen} is not valid YAML: {where}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{chosen} is empty; start from churn_assets/config/shop.yaml")
+    try:
+        settings = msgspec.convert(document, Settings)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise UserError(f"{chosen}: {error}") from error
+    _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
+    return settings
+
+
+def _refuse_unknown_keys(given: Any, known: Any, path: Path, where: str) -> None:
+    """Structs refuse unknown keys themselves; dataclasses among the settings do not."""
+    if not isinstance(given, Mapping) or not isinstance(known, Mapping):
+        return
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{path}: unknown key {where}{key}{hint}")
+        _refuse_unknown_keys(value, known[key], path, f"{where}{key}.")
+
+
+def utc_today() -> date:
+    """Today in UTC."""
+    return datetime.now(UTC).date()

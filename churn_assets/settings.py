@@ -65,6 +65,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The raw tables the source has."""
         return source_tables(self.source)
 
+    def identity(self) -> str:
+        """What a home is for: source, first day and windows, as canonical JSON."""
+        parts = {"source": self.source, "start": self.calendar.start, "windows": self.windows}
+        return msgspec.json.encode(parts, order="deterministic").decode()
+
+    def describe_source(self) -> str:
+        """The source in a few words, for a person."""
+        return f"{self.source.kind}: {', '.join(self.raw_tables)}"
+
     def history(self, today: date) -> tuple[date, date]:
         """The first and last day of history `make run` brings in.
 

@@ -1,7 +1,5 @@
 """Raw data: the source's events, validated, one partition a day; what is unusable to quarantine."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import dagster as dg

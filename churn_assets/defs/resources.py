@@ -31,6 +31,13 @@ class Project:
     home: Home
     settings: Settings
 
+    @classmethod
+    def of(cls, home: Home) -> Project:
+        """The project of `home`, with the settings of this code location."""
+        from churn_assets.defs.partitions import SETTINGS
+
+        return cls(home, SETTINGS)
+
     @cached_property
     def lake(self) -> Lake:
         """The partitioned tables of this home."""

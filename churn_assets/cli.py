@@ -1,0 +1,113 @@
+"""The `churn` command: what make calls, and the small tools beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from churn_assets.errors import UserError
+from churn_assets.home import Home
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """The life of a churn model: data, training, evaluation, registry, service, drift."""
+
+
+@cli.command()
+def run() -> None:
+    """Materialize the whole graph and print what came out."""
+    home = Home.from_environment()
+    home.prepare()
+    from churn_assets.defs.launch import run_everything
+
+    run_everything(home)
+
+
+@cli.command()
+def up() -> None:
+    """Run Dagster, MLflow, the churn service and the reports; Ctrl-C stops them."""
+    from churn_assets.settings import load_settings
+    from churn_assets.up import run_all
+
+    home = Home.from_environment()
+    home.prepare()
+    load_settings()
+    sys.exit(run_all(home))
+
+
+@cli.command()
+@click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
+def serve(port: int) -> None:
+    """Serve the newest bento of this home; waits until there is one."""
+    from churn_assets.lifecycle.serving import serve_newest
+
+    serve_newest(Home.from_environment(), port)
+
+
+@cli.command("validate-data")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--min-rows", type=int, default=10_000, show_default=True)
+@click.option("--max-null-ratio", type=float, default=0.05, show_default=True)
+@click.option(
+    "--schema", type=click.Path(path_type=Path), help="JSON schema of `churn schema` to hold it to."
+)
+def validate_data(file: Path, min_rows: int, max_null_ratio: float, schema: Path | None) -> None:
+    """Judge a parquet or CSV file by the data gate; exits with 1 when it does not pass."""
+    from churn_assets.data.gate import validate_file
+
+    result = validate_file(file, min_rows, max_null_ratio, schema)
+    click.echo(result.reason)
+    for name, value in result.figures.items():
+        click.echo(f"  {name}: {value}")
+    sys.exit(0 if result.passed else 1)
+
+
+@cli.command()
+@click.argument("table")
+def schema(table: str) -> None:
+    """Print the JSON schema of a table: a raw table, customer_features or training_set."""
+    from churn_assets.data.gate import schema_json
+
+    click.echo(schema_json(table))
+
+
+@cli.command("training-set")
+@click.option("--model-version", help="The set a registered version was trained on.")
+@click.option("--hash", "data_hash", help="The set with this content hash.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write it here, as parquet.")
+def training_set(model_version: str | None, data_hash: str | None, out: Path | None) -> None:
+    """Bring a training set back and check its hash."""
+    from churn_assets.lifecycle.lineage import restore
+
+    restore(Home.from_environment(), model_version, data_hash, out)
+
+
+@cli.command()
+def versions() -> None:
+    """List the registered versions with their stages."""
+    from churn_assets.lifecycle.lineage import list_versions
+
+    list_versions(Home.from_environment())
+
+
+@cli.command()
+def reconcile() -> None:
+    """Give every MLflow run the ending its Dagster run had."""
+    home = Home.from_environment()
+    home.prepare()
+    from churn_assets.defs.launch import reconcile_mlflow
+
+    for run_id, ending in reconcile_mlflow(home).items():
+        click.echo(f"{run_id} {ending}")
+
+
+def main() -> None:
+    """Entry point: a UserError is one line on standard error and exit code 2."""
+    try:
+        cli()
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,35 @@
+"""The jobs: what a schedule, a sensor or a person starts."""
+
+import dagster as dg
+
+from churn_assets.defs.partitions import DAILY, SETTINGS
+
+# Two runs that train at once would judge themselves against the same incumbent.
+EXCLUSIVE = {"churn/exclusive": "training"}
+
+daily_refresh = dg.define_asset_job(
+    "daily_refresh",
+    selection=dg.AssetSelection.assets(*SETTINGS.raw_tables, "customer_features", "churn_labels"),
+    partitions_def=DAILY,
+    description="A day's events, its features, and the labels that mature with it.",
+)
+training = dg.define_asset_job(
+    "training",
+    selection=dg.AssetSelection.assets(
+        "training_set", "trained_model", "evaluation_report", "registered_model"
+    ),
+    tags=EXCLUSIVE,
+    description="Train on what has matured, judge once, and register what passes the gates.",
+)
+build_bento = dg.define_asset_job(
+    "build_bento",
+    selection=dg.AssetSelection.assets("churn_bento"),
+    description="Package the version in Staging for serving.",
+)
+drift = dg.define_asset_job(
+    "drift",
+    selection=dg.AssetSelection.assets("drift_report"),
+    description="Compare the last seven days of features with what the model was trained on.",
+)
+
+JOBS = [daily_refresh, training, build_bento, drift]

@@ -1,0 +1,82 @@
+"""What one stage hands to the next: small, frozen, stored as JSON beside the run that wrote it."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import msgspec
+
+
+class TrainingSetRecord(msgspec.Struct, frozen=True):
+    """Which training set a run assembled; the rows are in the lake under `data_hash`."""
+
+    data_hash: str
+    rows: int
+    churn_rate: float
+    features: tuple[str, ...]
+    train: tuple[date, ...]
+    validation: date
+    test: date
+
+
+class ModelRecord(msgspec.Struct, frozen=True):
+    """A trained model: where MLflow keeps it and what it was made from.
+
+    `sklearn_uri` and `onnx_uri` are MLflow model URIs; `oracle` probabilities are never stored.
+    """
+
+    name: str
+    version: str
+    family: str
+    mlflow_run: str
+    dagster_run: str
+    sklearn_uri: str
+    onnx_uri: str
+    parity_max_difference: float
+    training_set: TrainingSetRecord
+
+
+class GateRecord(msgspec.Struct, frozen=True):
+    """One gate's verdict; `value` is null when the evidence was missing."""
+
+    name: str
+    passed: bool
+    value: float | None
+    limit: float
+    reason: str
+
+
+class EvaluationRecord(msgspec.Struct, frozen=True):
+    """The judgement of one version on the latest labelled window."""
+
+    model: ModelRecord
+    metrics: dict[str, float | None]
+    baselines: dict[str, float | None]
+    gates: tuple[GateRecord, ...]
+    release_dir: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are gates and every one of them passed."""
+        return bool(self.gates) and all(gate.passed for gate in self.gates)
+
+
+class RegisteredModel(msgspec.Struct, frozen=True):
+    """A version and the stage it is in, with the release made of it."""
+
+    name: str
+    version: str
+    stage: str
+    release_dir: str
+
+
+class BentoRecord(msgspec.Struct, frozen=True):
+    """A built bento and one prediction it answered."""
+
+    tag: str
+    path: str
+    model_version: str
+    release_id: str
+    request: dict[str, str | int | float]
+    response: dict[str, str | float]
+    latency_ms: float

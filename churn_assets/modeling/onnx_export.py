@@ -1,0 +1,119 @@
+"""The model as ONNX, and the proof that it is still the same model."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INPUT_NAME = "features"
+OUTPUT_NAME = "probabilities"
+TOLERANCE = 1e-5
+
+# The newest operator set every supported ONNX Runtime reads without a warning.
+OPSET = {"": 18, "ai.onnx.ml": 3}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """ONNX against scikit-learn on the same rows.
+
+    max_difference: largest absolute difference of P(churn) on float32 input; None when there is
+    none. full_precision_difference: the same with scikit-learn seeing the unrounded rows, for
+    information: what rounding the input to float32 costs.
+    """
+
+    passed: bool
+    max_difference: float | None
+    rows: int
+    tolerance: float
+    reason: str
+    full_precision_difference: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in JSON's types."""
+        return asdict(self)
+
+
+def export_onnx(estimator: Any, n_features: int) -> bytes:
+    """Convert a fitted scikit-learn classifier to ONNX.
+
+    Input `features`, float32 [rows, n_features], in the order of training. Outputs `label`,
+    int64 [rows], and `probabilities`, float32 [rows, 2]: retained, churned. The same estimator
+    gives the same bytes. A conversion proves nothing: follow it with `check_parity`.
+    """
+    from skl2onnx import to_onnx
+    from skl2onnx.common.data_types import FloatTensorType
+
+    if hasattr(type(estimator), "estimators_samples_"):
+        # The converter reads every property, and this one draws each tree's bootstrap again:
+        # half of the time a forest takes. Without `bootstrap` it has nothing to draw.
+        estimator = copy(estimator).set_params(bootstrap=False)
+    initial_types: Any = [(INPUT_NAME, FloatTensorType([None, n_features]))]
+    model = to_onnx(
+        estimator,
+        name="churn",
+        initial_types=initial_types,
+        options={"zipmap": False},
+        target_opset=OPSET,
+    )
+    return model.SerializeToString()
+
+
+def predict_onnx(onnx: bytes, x: NDArray[Any], *, threads: int = 0) -> NDArray[np.float64]:
+    """P(churn) [rows] of `x` [rows, features] by ONNX Runtime; threads 0 means every core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    rows = np.ascontiguousarray(x, dtype=np.float32)
+    output = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: rows})[0])
+    return output[:, 1].astype(np.float64)
+
+
+def check_parity(
+    estimator: Any, onnx: bytes, x: NDArray[Any], *, tolerance: float = TOLERANCE
+) -> Parity:
+    """Compare P(churn) of `onnx` and of `estimator` on held-out rows `x` [rows, features].
+
+    Both see `x` rounded to float32, the type the ONNX graph takes: a tree compares an input with
+    a threshold, and a value that rounding moves across one would be sent down another branch,
+    which says nothing about the conversion. Fails on a difference above `tolerance`, on anything
+    not finite in input or output, on no rows, and on a graph that cannot be run.
+    """
+    rows = len(x)
+
+    def failed(reason: str) -> Parity:
+        return Parity(False, None, rows, tolerance, reason)
+
+    if rows == 0:
+        return failed("there are no rows to compare on")
+    rounded = np.asarray(x).astype(np.float32)
+    if not np.isfinite(rounded).all():
+        return failed("the rows to compare on hold NaN or infinity")
+    try:
+        served = predict_onnx(onnx, rounded)
+    except Exception as error:  # onnxruntime's exceptions share no base class of its own
+        return failed(f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}")
+    # A float64 array of float32 values: every estimator then works at its own precision.
+    expected = np.asarray(estimator.predict_proba(rounded.astype(np.float64))[:, 1])
+    if served.shape != expected.shape:
+        return failed(f"ONNX gives {served.shape[0]} probabilities for {rows} rows")
+    if not (np.isfinite(served).all() and np.isfinite(expected).all()):
+        return failed("a probability is not finite")
+    difference = float(np.abs(served - expected).max())
+    unrounded = np.asarray(estimator.predict_proba(np.asarray(x, dtype=np.float64))[:, 1])
+    passed = difference <= tolerance
+    relation = "within" if passed else "above"
+    return Parity(
+        passed=passed,
+        max_difference=difference,
+        rows=rows,
+        tolerance=tolerance,
+        reason=f"largest difference {difference:.2g} on {rows} rows, {relation} {tolerance:g}",
+        full_precision_difference=float(np.abs(served - unrounded).max()),
+    )

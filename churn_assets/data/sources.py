@@ -1,0 +1,456 @@
+"""Where raw events come from: the built-in shop, or a team's own files and databases."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import duckdb
+import ibis
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from churn_assets.data.mapping import (
+    Mapped,
+    TableConfig,
+    check_columns,
+    check_timezone,
+    map_rows,
+)
+from churn_assets.data.readers import CORRUPT_SCHEMA, connect, find_files, load_files, load_query
+from churn_assets.data.tables import CUSTOMERS, ORDERS, RAW_TABLES
+from churn_assets.data.validation import QUARANTINE_SCHEMA, validate_events
+from churn_assets.data.windows import midnight, partition_interval
+from churn_assets.errors import UserError
+from churn_assets.simulator.params import Offer, ShopParams
+
+if TYPE_CHECKING:
+    from ibis.backends import BaseBackend
+
+
+@dataclass(frozen=True)
+class SourceRead:
+    """What reading some days of one table gave.
+
+    events: raw schema. quarantined: QUARANTINE_SCHEMA, rows of these days and rows whose day is not
+    known. Every row of the source is in one of the counts: rows_read = used + rows in
+    quarantine + filtered (not wanted) + outside (of other days). A table derived from
+    another reads no rows of its own.
+    """
+
+    events: pa.Table
+    quarantined: pa.Table
+    rows_read: int
+    used: int
+    filtered: int = 0
+    outside: int = 0
+
+
+class Source(Protocol):
+    """Anything that can hand over the raw events of some days."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The raw tables there are; the others are absent, which is not the same as empty."""
+        ...
+
+    def read(self, table: str, first: date, last: date) -> SourceRead:
+        """The events of partitions `first` to `last`, both included."""
+        ...
+
+
+class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The raw tables of a source. Orders and customers are needed, the others add features."""
+
+    orders: TableConfig | None = None
+    customers: TableConfig | None = None
+    support_tickets: TableConfig | None = None
+    logins: TableConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.orders is None:
+            raise ValueError("tables has no orders; a customer churns by not ordering, so map them")
+        if self.customers is None:
+            raise ValueError("tables has no customers; add customers: {derive_from: orders}")
+        for name, config in self.present.items():
+            check_columns(RAW_TABLES[name], config)
+
+    @property
+    def present(self) -> dict[str, TableConfig]:
+        """The tables that are there, in the order of RAW_TABLES."""
+        named = {name: getattr(self, name) for name in RAW_TABLES}
+        return {name: config for name, config in named.items() if config is not None}
+
+
+class ShopSourceConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="shop"
+):
+    """The built-in shop, with its parameters."""
+
+    shop: ShopParams = ShopParams()
+
+
+class TablesSourceConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="tables"
+):
+    """A team's own tables.
+
+    currency_minor_units: minor units to the currency unit. timezone: of times written without an
+    offset.
+    """
+
+    tables: Tables
+    currency_minor_units: Literal[1, 10, 100, 1000] = 100
+    timezone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        check_timezone(self.timezone)
+
+
+SourceConfig = ShopSourceConfig | TablesSourceConfig
+
+
+def source_tables(config: SourceConfig) -> tuple[str, ...]:
+    """The raw tables a source has, in the order of RAW_TABLES."""
+    if isinstance(config, ShopSourceConfig):
+        return tuple(RAW_TABLES)
+    return tuple(config.tables.present)
+
+
+def resolve_paths(config: SourceConfig, base: Path, environment: Mapping[str, str]) -> SourceConfig:
+    """`config` with its ${VARIABLES} filled in and relative paths made absolute from `base`.
+
+    Raises UserError naming a variable that is not set.
+    """
+    if isinstance(config, ShopSourceConfig):
+        return config
+    located = {
+        name: msgspec.structs.replace(table, from_=_located(table.from_, base, environment, name))
+        for name, table in config.tables.present.items()
+        if table.from_ is not None
+    }
+    tables = msgspec.structs.replace(config.tables, **located)
+    return msgspec.structs.replace(config, tables=tables)
+
+
+def _located(place: str, base: Path, environment: Mapping[str, str], table: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        if not environment.get(found[1]):
+            raise UserError(
+                f"source.tables.{table}.from needs ${{{found[1]}}}; set that environment variable"
+            )
+        return environment[found[1]]
+
+    filled = re.sub(r"\$\{(\w+)\}", value, place)
+    scheme, separator, rest = filled.partition("://")
+    if not separator:
+        return str(base / Path(filled).expanduser())
+    if scheme in _FILE_DATABASES:
+        return f"{scheme}://{base / Path(rest).expanduser()}"
+    return filled
+
+
+def open_source(
+    config: SourceConfig,
+    start: date,
+    *,
+    base: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    offers: Sequence[Offer] = (),
+) -> Source:
+    """The source `config` describes; nothing is read yet.
+
+    start: first day of the built-in shop's record. base: where relative paths start (default: the
+    working directory). offers: those the shop's customers were served.
+    """
+    if isinstance(config, ShopSourceConfig):
+        from churn_assets.simulator.shop import Shop
+
+        return ShopSource(Shop(config.shop, start, offers))
+    settled = resolve_paths(
+        config, base or Path.cwd(), os.environ if environment is None else environment
+    )
+    assert isinstance(settled, TablesSourceConfig)
+    return MappedSource(settled)
+
+
+class EventMaker(Protocol):
+    """The part of the built-in shop a source needs."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The raw tables it makes."""
+        ...
+
+    def events(self, table: str, first: date, last: date) -> pa.Table:
+        """Events of partitions `first` to `last`, raw schema."""
+        ...
+
+
+class ShopSource:
+    """The built-in shop as a source; its rows are events already."""
+
+    def __init__(self, shop: EventMaker) -> None:
+        self._shop = shop
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The raw tables there are."""
+        return tuple(self._shop.tables)
+
+    def read(self, table: str, first: date, last: date) -> SourceRead:
+        """The events of partitions `first` to `last`, both included."""
+        events = self._shop.events(table, first, last)
+        return SourceRead(
+            events, QUARANTINE_SCHEMA.empty_table(), events.num_rows, used=events.num_rows
+        )
+
+
+class MappedSource:
+    """A team's tables, mapped to events. What it has mapped it keeps until the files change."""
+
+    def __init__(self, config: TablesSourceConfig) -> None:
+        self._config = config
+        self._mapped: dict[str, tuple[Any, Mapped]] = {}
+        self._lock = Lock()
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The raw tables there are."""
+        return source_tables(self._config)
+
+    def read(self, table: str, first: date, last: date) -> SourceRead:
+        """The events of partitions `first` to `last`, both included.
+
+        The whole table is read and mapped, because rows of one event may be anywhere in it. Raises
+        UserError when the table cannot be read, is empty, lacks a mapped column or has no usable
+        row.
+        """
+        config = self._config.tables.present.get(table)
+        if config is None:
+            raise UserError(f"the source has no table {table}; it has {', '.join(self.tables)}")
+        if config.derive_from is not None:
+            events = _within(_first_appearances(self._map("orders").events), first, last)
+            return SourceRead(events, QUARANTINE_SCHEMA.empty_table(), rows_read=0, used=0)
+        mapped = self._map(table)
+        days = mapped.quarantined["day"]
+        bounds = pa.scalar(first, pa.date32()), pa.scalar(last, pa.date32())
+        inside = pc.and_(pc.greater_equal(days, bounds[0]), pc.less_equal(days, bounds[1]))
+        quarantined = mapped.quarantined.filter(pc.fill_null(inside, True))
+        events = _within(mapped.events, first, last)
+        used = pc.sum(events["lines"]).as_py() or 0
+        outside = mapped.rows - mapped.filtered - quarantined.num_rows - used
+        return SourceRead(
+            events.drop_columns(["lines"]),
+            quarantined,
+            rows_read=mapped.rows,
+            used=used,
+            filtered=mapped.filtered,
+            outside=outside,
+        )
+
+    def _map(self, table: str) -> Mapped:
+        config = self._config.tables.present[table]
+        with self._lock:
+            version = _version(config)
+            known = self._mapped.get(table)
+            if version is not None and known is not None and known[0] == version:
+                return known[1]
+            try:
+                mapped = self._read_and_map(table, config)
+            except UserError as error:
+                raise UserError(f"{table}: {error}") from error
+            self._mapped[table] = (version, mapped)
+            return mapped
+
+    def _read_and_map(self, name: str, config: TableConfig) -> Mapped:
+        assert config.from_ is not None
+        connection = connect()
+        try:
+            corrupt = _load(connection, config)
+            if not connection.execute("SELECT 1 FROM source LIMIT 1").fetchall():
+                lines = f" (all {corrupt.num_rows} lines are corrupt)" if corrupt.num_rows else ""
+                raise UserError(f"{shown(config.from_)} has no rows{lines}; give one with data")
+            mapped = map_rows(
+                connection,
+                "source",
+                RAW_TABLES[name],
+                config,
+                minor_units=self._config.currency_minor_units,
+                timezone=self._config.timezone,
+            )
+        except duckdb.Error as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{shown(config.from_)} cannot be mapped: {first}") from error
+        finally:
+            connection.close()
+        if not mapped.events.num_rows:
+            raise UserError(_nothing_usable(config.from_, mapped))
+        return Mapped(
+            mapped.events,
+            pa.concat_tables([_corrupt_rows(name, corrupt), mapped.quarantined]),
+            mapped.rows + corrupt.num_rows,
+            mapped.filtered,
+        )
+
+
+def _nothing_usable(place: str, mapped: Mapped) -> str:
+    reasons = Counter(mapped.quarantined["reason"].to_pylist()).most_common(3)
+    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+    filtered = f", filtered {mapped.filtered:,}" if mapped.filtered else ""
+    return (
+        f"none of the {mapped.rows:,} rows of {shown(place)} is usable ({why}{filtered}); "
+        "check columns, filters and rules"
+    )
+
+
+def _within(events: pa.Table, first: date, last: date) -> pa.Table:
+    moments = events["occurred_at"]
+    start = pa.scalar(midnight(first), moments.type)
+    end = pa.scalar(partition_interval(last).end, moments.type)
+    return events.filter(pc.and_(pc.greater_equal(moments, start), pc.less(moments, end)))
+
+
+def _first_appearances(orders: pa.Table) -> pa.Table:
+    """Customers as their orders show them: the first order that can be used, and when."""
+    usable = validate_events(ORDERS, orders.drop_columns(["lines"])).valid
+    ordered = usable.sort_by([("occurred_at", "ascending"), ("order_id", "ascending")])
+    firsts = ordered.group_by("customer_id", use_threads=False).aggregate(
+        [("occurred_at", "first"), ("ingested_at", "first")]
+    )
+    columns = {
+        "customer_id": firsts["customer_id"],
+        "occurred_at": firsts["occurred_at_first"],
+        "ingested_at": firsts["ingested_at_first"],
+    }
+    customers = pa.table(columns).select(CUSTOMERS.schema.names)
+    return customers.sort_by([("occurred_at", "ascending"), ("customer_id", "ascending")])
+
+
+def _corrupt_rows(table: str, corrupt: pa.Table) -> pa.Table:
+    several = len(pc.unique(corrupt["file"])) > 1
+    lines = corrupt.to_pylist()
+    return pa.table(
+        {
+            "table": pa.repeat(table, len(lines)),
+            "day": pa.nulls(len(lines), pa.date32()),
+            "reason": pa.repeat("corrupt_line", len(lines)),
+            "detail": pa.array(
+                [
+                    (f"{Path(line['file']).name} " if several else "")
+                    + f"line {line['line']}: {line['problem']}"
+                    for line in lines
+                ],
+                pa.string(),
+            ),
+            "row": pa.array(
+                [
+                    msgspec.json.encode({"line": line["line"], "text": line["text"]}).decode()
+                    for line in lines
+                ],
+                pa.string(),
+            ),
+        },
+        schema=QUARANTINE_SCHEMA,
+    )
+
+
+_FILE_DATABASES = ("sqlite", "duckdb")
+
+
+def _version(config: TableConfig) -> Any:
+    """What changes when a file does; None for a database server, which is always asked again."""
+    assert config.from_ is not None
+    scheme, separator, rest = config.from_.partition("://")
+    if separator and scheme not in _FILE_DATABASES:
+        return None
+    files = [Path(rest)] if separator else find_files(config.from_)
+    try:
+        stats = [(file, file.stat()) for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
+    return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
+
+
+def _load(connection: duckdb.DuckDBPyConnection, config: TableConfig) -> pa.Table:
+    """Make the table `source`; give its corrupt lines."""
+    assert config.from_ is not None
+    if "://" not in config.from_:
+        if config.table is not None:
+            raise UserError(f"{config.from_} is a file and has no table {config.table}; remove it")
+        return load_files(
+            connection,
+            "source",
+            find_files(config.from_),
+            format=config.format,
+            delimiter=config.delimiter,
+            encoding=config.encoding,
+            null_values=config.null_values,
+        )
+    if config.table is None:
+        raise UserError(f"{shown(config.from_)} is a database; name its table with table")
+    connection.register("fetched", _fetch(config.from_, config.table))
+    load_query(connection, "source", "FROM fetched")
+    connection.unregister("fetched")
+    return CORRUPT_SCHEMA.empty_table()
+
+
+def _fetch(url: str, table: str) -> pa.Table:
+    """The whole of a database table, read through Ibis."""
+    try:
+        backend = _database(url)
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        raise UserError(
+            f'{shown(url)} needs a driver that is not installed; install "ibis-framework[{scheme}]"'
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{shown(url)} cannot be reached: {_one_line(error, url)}") from error
+    try:
+        names = backend.list_tables()
+        if table not in names:
+            raise UserError(
+                f"{shown(url)} has no table {table}; it has {', '.join(names) or 'none'}"
+            )
+        return backend.table(table).to_pyarrow()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{shown(url)} cannot be read: {_one_line(error, url)}") from error
+    finally:
+        backend.disconnect()
+
+
+def _database(url: str) -> BaseBackend:
+    scheme, _, rest = url.partition("://")
+    if scheme in _FILE_DATABASES:
+        # Both would make a database that is not there.
+        if not Path(rest).is_file():
+            raise UserError(f"there is no database {rest}; check the path")
+        if scheme == "duckdb":
+            return ibis.duckdb.connect(rest, read_only=True)
+        return ibis.sqlite.connect(rest)
+    return ibis.connect(url)
+
+
+def shown(place: str) -> str:
+    """A path or URL without the password in it."""
+    return re.sub(r"(?<=://)([^/@:]*):[^@/]*@", r"\1:***@", place)
+
+
+def _one_line(error: Exception, url: str) -> str:
+    text = str(error).strip()
+    password = re.search(r"://[^/@:]*:([^@/]+)@", url)
+    if password is not None:
+        text = text.replace(password[1], "***")
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,326 @@
+"""Running the churn service in a process of its own, and timing it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+import psutil
+
+from churn_assets.errors import UserError
+from churn_assets.lifecycle.bento import bento_of_tag, newest_bento
+
+if TYPE_CHECKING:
+    from churn_assets.home import Home
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 10.0
+
+# The kernel tells the service to stop when the process that started it is gone, killed or not.
+_LAUNCH = """\
+import runpy, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the service; `latency_ms` runs from sending to the last byte received."""
+
+    status: int
+    content: bytes
+    latency_ms: float
+
+    def json(self) -> dict:
+        """The decoded content."""
+        return msgspec.json.decode(self.content)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles in milliseconds over the answered predictions of `requests` sent in turn.
+
+    `errors` counts what was not answered with 200.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    requests: int
+    errors: int
+
+
+@contextlib.contextmanager
+def serve(
+    target: Path | str,
+    release_dir: Path | None = None,
+    *,
+    bentoml_home: Path | None = None,
+    port: int | None = None,
+    start_timeout: float = START_TIMEOUT_S,
+) -> Generator[str]:
+    """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
+
+    `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
+    `bentoml_home`. Without `port` a free one is taken. However the block ends, no process of the
+    service is left. Raises UserError when the port is taken, or with the last lines of its log
+    when the service does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
+        log = Path(scratch) / "service.log"
+        with (
+            log.open("wb") as sink,
+            _running(
+                _resolve(target, bentoml_home),
+                release_dir,
+                port if port is not None else free_port(),
+                scratch=Path(scratch),
+                sink=sink.fileno(),
+                log=log,
+                start_timeout=start_timeout,
+            ) as (_, url),
+        ):
+            yield url
+
+
+def serve_newest(home: Home, port: int) -> None:
+    """Serve the newest bento of `home` on `port`, in the foreground; waits until there is one.
+
+    Ends, with every process of the service, on SIGINT and SIGTERM. Raises UserError when the port
+    is taken or the service stops by itself.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    check_port(port)
+    if newest_bento(home.bentoml) is None:
+        print("no bento yet: `make run` builds one; waiting", flush=True)
+    while (bento := newest_bento(home.bentoml)) is None:
+        time.sleep(1)
+    with (
+        tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
+        _running(bento.path, None, port, scratch=Path(scratch)) as (process, url),
+    ):
+        print(f"{bento.tag} answers at {url}/predict", flush=True)
+        code = process.wait()
+    raise UserError(f"the churn service stopped with exit code {code}; its log above says why")
+
+
+def ask(base_url: str, body: bytes | dict) -> Answer:
+    """POST one prediction request. Raises UserError when nobody answers."""
+    connection = _connect(base_url)
+    try:
+        return _post(connection, _encoded(body))
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"no answer from {base_url} ({error}); is the service running?") from error
+    finally:
+        connection.close()
+
+
+def measure_latency(
+    base_url: str, bodies: Sequence[bytes | dict], *, warmup: int = 50, requests: int = 500
+) -> Latency:
+    """Time `requests` predictions, one after the other over one kept connection.
+
+    `bodies` are sent in turn, from the first again when they run out; `warmup` requests before are
+    not counted. Raises UserError when there is nothing to send or no prediction is answered.
+    """
+    if not bodies or requests < 1:
+        raise UserError("measuring the latency needs at least one request; give held-out rows")
+    encoded = [_encoded(body) for body in bodies]
+    times: list[float] = []
+    refused: Answer | None = None
+    connection = _connect(base_url)
+    try:
+        for number in range(warmup + requests):
+            try:
+                answer = _post(connection, encoded[number % len(encoded)])
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                continue
+            if answer.status != 200:
+                refused = answer
+            elif number >= warmup:
+                times.append(answer.latency_ms)
+    finally:
+        connection.close()
+    if not times:
+        why = refused.content[:200].decode(errors="replace") if refused else "no answer"
+        raise UserError(f"{base_url} answered none of {requests} predictions: {why}")
+    p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
+    return Latency(p50, p95, p99, requests, requests - len(times))
+
+
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Raise UserError when `port` is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a port"
+            raise UserError(
+                f"port {port} for the churn service cannot be used ({reason}); stop what listens "
+                "there or choose another port"
+            ) from None
+
+
+def _resolve(target: Path | str, bentoml_home: Path | None) -> Path:
+    """The directory to serve: a service's or a bento's. BentoML wants it absolute."""
+    if Path(target).is_dir():
+        return Path(target).resolve()
+    if bentoml_home is None or isinstance(target, Path):
+        raise UserError(f"there is no service directory {target}; give one or the tag of a bento")
+    return bento_of_tag(target, bentoml_home).path.resolve()
+
+
+@contextlib.contextmanager
+def _running(
+    directory: Path,
+    release_dir: Path | None,
+    port: int,
+    *,
+    scratch: Path,
+    sink: int | None = None,
+    log: Path | None = None,
+    start_timeout: float = START_TIMEOUT_S,
+) -> Generator[tuple[subprocess.Popen, str]]:
+    """`bentoml serve` as a process that ends with the block. All it writes goes to `scratch`.
+
+    BentoML empties a folder of its home when it starts, so no two services share one.
+    """
+    check_port(port)
+    command = [sys.executable, "-c", _LAUNCH, "serve", str(directory)]
+    process = subprocess.Popen(
+        [*command, "--host", HOST, "--port", str(port)],
+        cwd=scratch,
+        env=_environment(directory, release_dir, scratch),
+        stdin=subprocess.DEVNULL,
+        stdout=sink,
+        stderr=sink,
+        start_new_session=True,
+    )
+    family: set[psutil.Process] = set()
+    try:
+        _wait_until_ready(process, port, log, start_timeout)
+        family |= _descendants(process.pid)
+        yield process, f"http://{HOST}:{port}"
+    finally:
+        _stop(process, family)
+
+
+def _environment(directory: Path, release_dir: Path | None, scratch: Path) -> dict[str, str]:
+    unwanted = ("PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    environment |= {
+        "BENTOML_HOME": str(scratch / "bentoml"),
+        "BENTOML_DO_NOT_TRACK": "True",
+        "TMPDIR": str(scratch),
+        "PYTHONUNBUFFERED": "1",
+    }
+    (scratch / "bentoml").mkdir(exist_ok=True)
+    if not (directory / "bento.yaml").is_file():
+        # A service run from its source finds the contract in the project it lies in.
+        environment["PYTHONPATH"] = str(directory.parent.parent)
+    if release_dir is not None:
+        environment["CHURN_RELEASE_DIR"] = str(release_dir.resolve())
+    return environment
+
+
+def _wait_until_ready(
+    process: subprocess.Popen, port: int, log: Path | None, timeout: float
+) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise UserError(f"the churn service did not start: {_last_words(log)}")
+        connection = http.client.HTTPConnection(HOST, port, timeout=1)
+        try:
+            connection.request("GET", "/readyz")
+            if connection.getresponse().status == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.02)
+        finally:
+            connection.close()
+    raise UserError(f"the churn service was not ready within {timeout:.0f} s: {_last_words(log)}")
+
+
+def _last_words(log: Path | None) -> str:
+    """What the log says the matter is, on one line."""
+    if log is None:
+        return "its log above says why"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("Error:")]
+    return " | ".join(errors[-1:] or lines[-5:]) or "it left no log"
+
+
+def _descendants(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _stop(process: subprocess.Popen, family: set[psutil.Process]) -> None:
+    """Ask the service to stop, then kill what is left of it, workers of a dead parent included."""
+    family = family | _descendants(process.pid)
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+    finally:
+        family |= _descendants(process.pid)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        psutil.wait_procs(list(family), timeout=STOP_TIMEOUT_S)
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _connect(base_url: str) -> http.client.HTTPConnection:
+    parts = urlsplit(base_url)
+    return http.client.HTTPConnection(parts.hostname or HOST, parts.port, timeout=REQUEST_TIMEOUT_S)
+
+
+def _post(connection: http.client.HTTPConnection, body: bytes) -> Answer:
+    started = time.perf_counter()
+    connection.request("POST", "/predict", body, {"content-type": "application/json"})
+    response = connection.getresponse()
+    content = response.read()
+    return Answer(response.status, content, (time.perf_counter() - started) * 1000)
+
+
+def _encoded(body: bytes | dict) -> bytes:
+    return body if isinstance(body, bytes) else msgspec.json.encode(body)

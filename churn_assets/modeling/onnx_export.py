@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,13 +54,16 @@ def export_onnx(estimator: Any, n_features: int) -> bytes:
         # half of the time a forest takes. Without `bootstrap` it has nothing to draw.
         estimator = copy(estimator).set_params(bootstrap=False)
     initial_types: Any = [(INPUT_NAME, FloatTensorType([None, n_features]))]
-    model = to_onnx(
-        estimator,
-        name="churn",
-        initial_types=initial_types,
-        options={"zipmap": False},
-        target_opset=OPSET,
-    )
+    with warnings.catch_warnings():
+        # The converter hands protobuf booleans where it wants integers, which is deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = to_onnx(
+            estimator,
+            name="churn",
+            initial_types=initial_types,
+            options={"zipmap": False},
+            target_opset=OPSET,
+        )
     return model.SerializeToString()
 
 
@@ -92,7 +96,8 @@ def check_parity(
 
     if rows == 0:
         return failed("there are no rows to compare on")
-    rounded = np.asarray(x).astype(np.float32)
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(x).astype(np.float32)
     if not np.isfinite(rounded).all():
         return failed("the rows to compare on hold NaN or infinity")
     try:

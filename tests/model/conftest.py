@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.data.windows import cutoff_of
+from churn_assets.modeling.split import Split, temporal_split
+from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
+
+HORIZON = 30
+LAST_DAY = date(2025, 6, 30)
+
+
+def customers(day: date, rows: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Customers of one cutoff: who orders less than they used to tends to have left."""
+    gone = rng.random(rows) < 0.5
+    orders = np.where(gone, rng.poisson(0.3, rows), rng.poisson(2.5, rows))
+    recency = np.where(gone, rng.integers(20, 90, rows), rng.integers(0, 30, rows))
+    return pd.DataFrame(
+        {
+            "customer_id": [f"c{i}" for i in range(rows)],
+            "cutoff": pd.Series([pd.Timestamp(cutoff_of(day))] * rows).dt.as_unit("us"),
+            "total_orders_30d": orders,
+            "avg_order_value": rng.lognormal(4.0, 0.8, rows),
+            "days_since_last_order": recency,
+            "support_tickets_90d": rng.poisson(np.where(gone, 0.8, 0.4)),
+            "login_frequency_7d": rng.poisson(np.where(gone, 0.5, 4.0)) / 7.0,
+            "churned": np.where(rng.random(rows) < 0.04, ~gone, gone),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def split() -> Split:
+    days = [LAST_DAY - timedelta(days=back) for back in range(200)]
+    return temporal_split(days, HORIZON, max_train_cutoffs=3)
+
+
+@pytest.fixture(scope="session")
+def frame(split: Split) -> pd.DataFrame:
+    rng = np.random.default_rng(7)
+    return pd.concat([customers(day, 1200, rng) for day in split.days], ignore_index=True)
+
+
+@pytest.fixture(scope="session")
+def trained(frame: pd.DataFrame, split: Split) -> TrainedModel:
+    return fit(frame, split, FEATURE_NAMES, seed=42, policy=TrainingPolicy(n_jobs=2))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from datetime import date, timedelta
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from churn_assets.data.windows import cutoff_of, label_window, partition_of_cutoff
+from churn_assets.errors import UserError
+from churn_assets.modeling.split import Split, temporal_split
+
+FIRST = date(2024, 1, 1)
+
+
+def consecutive(count: int) -> list[date]:
+    return [FIRST + timedelta(days=i) for i in range(count)]
+
+
+def test_a_long_history_gives_six_training_cutoffs_a_horizon_apart() -> None:
+    days = consecutive(400)
+    split = temporal_split(days, 30)
+    test = days[-1]
+    assert split.test == test
+    assert split.validation == test - timedelta(days=30)
+    assert split.train == tuple(test - timedelta(days=30 * k) for k in (7, 6, 5, 4, 3, 2))
+
+
+def test_one_retail_year_is_enough() -> None:
+    # 374 days, less a 90-day activity window and a 30-day horizon.
+    split = temporal_split(consecutive(374 - 90 - 30), 30)
+    assert len(split.train) == 6
+
+
+def test_the_shortest_history_that_works_is_two_horizons_and_a_day() -> None:
+    split = temporal_split(consecutive(61), 30)
+    assert split.train == (FIRST,)
+    with pytest.raises(UserError, match=r"span 60 days .* it takes 61 .* at least 1 more day"):
+        temporal_split(consecutive(60), 30)
+
+
+def test_no_labelled_day_at_all_says_how_many_it_takes() -> None:
+    with pytest.raises(UserError, match=r"no feature day has matured labels.*it takes 61"):
+        temporal_split([], 30)
+
+
+def test_a_gap_that_breaks_the_embargo_is_refused() -> None:
+    days = [FIRST, FIRST + timedelta(days=99), FIRST + timedelta(days=100)]
+    with pytest.raises(UserError, match="fill the missing days"):
+        temporal_split(days, 30)
+
+
+def test_a_missing_day_is_replaced_by_an_earlier_one() -> None:
+    days = consecutive(100)
+    days.remove(FIRST + timedelta(days=69))
+    split = temporal_split(days, 30)
+    assert split.validation == FIRST + timedelta(days=68)
+    assert split.train[-1] == FIRST + timedelta(days=38)
+
+
+def test_training_cutoffs_can_lie_closer_than_a_horizon() -> None:
+    split = temporal_split(consecutive(100), 30, spacing_days=10, max_train_cutoffs=3)
+    last = split.validation - timedelta(days=30)
+    assert split.train == tuple(last - timedelta(days=d) for d in (20, 10, 0))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [({"max_train_cutoffs": 0}, "max_train_cutoffs"), ({"spacing_days": 0}, "spacing_days")],
+)
+def test_nonsense_is_refused(kwargs: dict[str, int], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        temporal_split(consecutive(100), 30, **kwargs)
+    with pytest.raises(UserError, match="horizon"):
+        temporal_split(consecutive(100), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    offsets=st.lists(st.integers(0, 300), min_size=0, max_size=120),
+    horizon=st.integers(1, 60),
+    most=st.integers(1, 8),
+)
+def test_labels_of_a_part_never_reach_into_the_next(
+    offsets: list[int], horizon: int, most: int
+) -> None:
+    days = [FIRST + timedelta(days=offset) for offset in offsets]
+    try:
+        split = temporal_split(days, horizon, max_train_cutoffs=most)
+    except UserError:
+        return
+    assert split.test == max(days)
+    assert 1 <= len(split.train) <= most
+    assert set(split.days) <= set(days)
+    ordered = [cutoff_of(day) for day in split.days]
+    for cutoff, following in pairwise(ordered):
+        assert label_window(cutoff, horizon).end <= following
+
+
+def test_the_record_names_every_day() -> None:
+    split = Split((FIRST,), FIRST + timedelta(days=30), FIRST + timedelta(days=60), 30)
+    assert split.to_dict() == {
+        "train": ["2024-01-01"],
+        "validation": "2024-01-31",
+        "test": "2024-03-01",
+        "horizon_days": 30,
+    }
+    assert partition_of_cutoff(cutoff_of(split.test)) == split.test

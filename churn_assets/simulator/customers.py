@@ -18,7 +18,7 @@ from churn_assets.simulator.seasons import Calendar
 
 _FADING = 60.0  # the time beyond their last order for which leavers count as customers, roughly
 _SUDDEN_DAYS = 3.0
-_SHORTEST_VISIT_GAP, _SHORTEST_RHYTHM, _LONGEST_RHYTHM = 0.05, 3.0, 45.0
+_SHORTEST_VISIT_GAP, _SHORTEST_RHYTHM, _LONGEST_RHYTHM = 0.1, 3.0, 45.0
 
 
 @dataclass(frozen=True)

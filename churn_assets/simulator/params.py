@@ -55,24 +55,24 @@ class ShopParams:
     mean_lifetime: float = 400.0
     lifetime_shape: float = 0.9
     loyalty_of_value: float = 0.25
-    cooling_days: float = 35.0
+    cooling_days: float = 42.0
     cooling_spread: float = 0.4
-    sudden_share: float = 0.1
+    sudden_share: float = 0.06
     rhythms: tuple[float, ...] = (7.0, 14.0, 21.0)
-    rhythm_shares: tuple[float, ...] = (0.55, 0.35, 0.10)
+    rhythm_shares: tuple[float, ...] = (0.6, 0.32, 0.08)
     rhythm_spread: float = 0.15
-    follow_through: tuple[float, float] = (0.7, 0.95)
+    follow_through: tuple[float, float] = (0.75, 0.97)
     basket_value: float = 42.0
     basket_spread: float = 0.45
     order_spread: float = 0.4
-    visits: float = 0.28
-    visits_spread: float = 0.5
-    tickets: float = 0.006
-    tickets_spread: float = 0.7
-    grievance_share: float = 0.35
-    grievance_factor: float = 8.0
-    quiet_chance: float = 0.2
-    quiet_days: float = 28.0
+    visits: float = 0.3
+    visits_spread: float = 0.45
+    tickets: float = 0.005
+    tickets_spread: float = 0.5
+    grievance_share: float = 0.5
+    grievance_factor: float = 12.0
+    quiet_chance: float = 0.15
+    quiet_days: float = 24.0
     persuasion: float = 1.0
     offer_days: float = 150.0
 
@@ -86,6 +86,8 @@ class ShopParams:
                 raise UserError(f"shop: {field.name} is {value}; give a number above 0")
             if field.name in _SHARES and not 0 <= value <= 1:
                 raise UserError(f"shop: {field.name} is {value}; give a number from 0 to 1")
+        if self.customers > _MOST_CUSTOMERS:
+            raise UserError(f"shop: customers is {self.customers}; {_MOST_CUSTOMERS} at most")
         low, high = self.follow_through
         if not 0 < low <= high <= 1:
             raise UserError("shop: follow_through is (lowest, highest), both above 0, at most 1")
@@ -97,6 +99,7 @@ class ShopParams:
             raise UserError("shop: grievance_factor is below 1; give at least 1")
 
 
+_MOST_CUSTOMERS = 2_000_000  # identifiers have seven digits
 _ABOVE_ZERO = {
     "customers",
     "history_days",

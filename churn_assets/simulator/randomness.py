@@ -32,7 +32,7 @@ def sequences(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
 
 def bits(states: np.ndarray, places: np.ndarray | int = 0) -> np.ndarray:
     """The 64 random bits at `places` (whole numbers, may be negative) of the sequences `states`."""
-    counters = np.asarray(places).astype(np.int64).view(np.uint64) + np.uint64(1)
+    counters = np.atleast_1d(places).astype(np.int64).view(np.uint64) + np.uint64(1)
     return _mix(states + counters * _GAMMA)
 
 

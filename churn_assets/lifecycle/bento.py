@@ -38,14 +38,14 @@ class Bento:
     path: Path
 
 
-def build_bento(release_dir: Path, bentoml_home: Path, *, project_root: Path) -> Bento:
+def build_bento(release_dir: Path | str, bentoml_home: Path, *, project_root: Path) -> Bento:
     """Package the release with the service of `project_root` into the store under `bentoml_home`.
 
     The tag is made of the release id and of a digest of the service's code and requirements: an
     intact bento of that tag is returned, a damaged one is built anew. Raises ReleaseError for a
     release that must not be served, UserError when the build fails.
     """
-    release = read_release(release_dir)
+    release = read_release(Path(release_dir))
     temporary = bentoml_home / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=temporary) as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -21,6 +22,7 @@ from churn_assets.contract.release import (
     Golden,
     Manifest,
     ReferenceStatistics,
+    Release,
     ReleaseError,
     encode_manifest,
     read_release,
@@ -37,8 +39,8 @@ def reference_statistics(
 ) -> dict[str, ReferenceStatistics]:
     """What the training rows looked like, by feature: 21 quantiles, 0 %, 5 %, ..., 100 %.
 
-    `columns` maps a feature to its finite values (a data frame will do). Raises UserError when a
-    feature has no rows or a value that is not finite.
+    `columns` maps a feature to its values, as a data frame does. Raises UserError when a feature
+    has no values or one that is not finite.
     """
     statistics = {}
     for name in features:
@@ -57,7 +59,7 @@ def reference_statistics(
 
 
 def build_release(
-    directory: Path,
+    releases: Path,
     *,
     onnx: bytes,
     model_name: str,
@@ -70,14 +72,13 @@ def build_release(
     data_hash: str,
     created_at: datetime,
     thresholds: RiskThresholds | None = None,
-) -> Manifest:
-    """Write a release into `directory`, whole or not at all, and read it back.
+) -> Release:
+    """Write a release into `releases / <its id>`, whole or not at all, and read it back.
 
     `golden` is (X, p): held-out rows of shape (n, features) in the order of `features`, and the n
-    probabilities the judged model gave them. An intact release of the same content is kept; an
-    older release in `directory` is replaced. Whether `onnx` computes the golden probabilities is
-    for the service to see at its start. Raises UserError when `directory` holds something else,
-    ReleaseError when what was written would be refused.
+    probabilities the judged model gave them. An intact release of the same content is kept, with
+    the time it was first made. Whether `onnx` computes the golden probabilities is for the service
+    to see at its start. Raises ReleaseError when what was written would be refused.
     """
     rows, probabilities = (np.asarray(part, dtype=np.float64) for part in golden)
     files = {
@@ -105,34 +106,17 @@ def build_release(
             f"got {', '.join(features)}"
         )
     manifest = msgspec.structs.replace(manifest, release_id=release_id_of(manifest))
-    if (kept := _intact_release(directory)) and kept.release_id == manifest.release_id:
-        return kept
-    _check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+    directory = releases / manifest.release_id
+    with contextlib.suppress(ReleaseError):
+        return read_release(directory)
+    releases.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".release-", dir=releases) as scratch:
         made = Path(scratch) / "new"
         made.mkdir()
         for name, content in {**files, MANIFEST: encode_manifest(manifest)}.items():
             (made / name).write_bytes(content)
         read_release(made)
         if directory.exists():
-            os.rename(directory, Path(scratch) / "old")
+            os.rename(directory, Path(scratch) / "damaged")
         os.rename(made, directory)
-    return manifest
-
-
-def _intact_release(directory: Path) -> Manifest | None:
-    try:
-        return read_release(directory).manifest
-    except ReleaseError:
-        return None
-
-
-def _check_replaceable(directory: Path) -> None:
-    if directory.is_dir():
-        names = [entry.name for entry in directory.iterdir()]
-        if not names or MANIFEST in names:
-            return
-    elif not directory.exists():
-        return
-    raise UserError(f"{directory} holds something else than a release; choose another directory")
+    return read_release(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import signal
 import socket
@@ -14,23 +15,24 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.release import read_release
+from churn_assets.contract.response import predict
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.bento import bento_of_tag, newest_bento
-
-if TYPE_CHECKING:
-    from churn_assets.home import Home
+from churn_assets.home import PROJECT_ROOT, Home
+from churn_assets.lifecycle.bento import Bento, bento_of_tag, newest_bento
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 10.0
+WARM_UP = 20
 
 # The kernel tells the service to stop when the process that started it is gone, killed or not.
 _LAUNCH = """\
@@ -50,7 +52,7 @@ class Answer:
     content: bytes
     latency_ms: float
 
-    def json(self) -> dict:
+    def json(self) -> dict[str, Any]:
         """The decoded content."""
         return msgspec.json.decode(self.content)
 
@@ -68,6 +70,29 @@ class Latency:
     requests: int
     errors: int
 
+    def figures(self) -> dict[str, float]:
+        """The percentiles by the names they are tracked under."""
+        return {
+            "p50_latency_ms": self.p50_ms,
+            "p95_latency_ms": self.p95_ms,
+            "p99_latency_ms": self.p99_ms,
+        }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A bento asked for a prediction whose answer is known.
+
+    `as_expected` is whether it answered as the judged model did; `reason` says so in a sentence.
+    """
+
+    as_expected: bool
+    reason: str
+    release_id: str
+    request: dict[str, str | int | float]
+    response: dict[str, Any]
+    latency_ms: float
+
 
 @contextlib.contextmanager
 def serve(
@@ -76,24 +101,26 @@ def serve(
     *,
     bentoml_home: Path | None = None,
     port: int | None = None,
+    scratch: Path | None = None,
     start_timeout: float = START_TIMEOUT_S,
 ) -> Generator[str]:
     """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
-    `bentoml_home`. Without `port` a free one is taken. However the block ends, no process of the
-    service is left. Raises UserError when the port is taken, or with the last lines of its log
-    when the service does not start.
+    `bentoml_home`. Without `port` a free one is taken. What the service writes goes into a folder
+    of its own in `scratch` (default: the system's temporary folder), removed at the end. However
+    the block ends, no process of the service is left. Raises UserError when the port is taken, or
+    with what its log says when the service does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
-        log = Path(scratch) / "service.log"
+    with tempfile.TemporaryDirectory(prefix="churn-serve-", dir=scratch) as own:
+        log = Path(own) / "service.log"
         with (
             log.open("wb") as sink,
             _running(
                 _resolve(target, bentoml_home),
                 release_dir,
                 port if port is not None else free_port(),
-                scratch=Path(scratch),
+                scratch=Path(own),
                 sink=sink.fileno(),
                 log=log,
                 start_timeout=start_timeout,
@@ -166,6 +193,52 @@ def measure_latency(
         raise UserError(f"{base_url} answered none of {requests} predictions: {why}")
     p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
     return Latency(p50, p95, p99, requests, requests - len(times))
+
+
+def measure_release(
+    release_dir: Path | str, bodies: Sequence[bytes | dict], *, scratch: Path | None = None
+) -> Latency:
+    """The latency of a release over HTTP, served from the source of this project.
+
+    Raises UserError when the service refuses any of `bodies`: a model that does not answer the
+    customers it was judged on is not slow, it is broken.
+    """
+    with serve(PROJECT_ROOT / "bentos" / "churn", Path(release_dir), scratch=scratch) as url:
+        for body in bodies:
+            answer = ask(url, body)
+            if answer.status != 200:
+                why = answer.content[:200].decode(errors="replace")
+                raise UserError(f"the candidate refuses a held-out customer: {why}")
+        return measure_latency(url, bodies)
+
+
+def ask_bento(bento: Bento, bentoml_home: Path) -> Proof:
+    """Serve `bento` and ask it for a golden prediction of its own release.
+
+    The latency is that of a warm service. Raises UserError when it does not start or answer.
+    """
+    release = read_release(bento.path / "src" / "release")
+    manifest, row = release.manifest, release.golden.rows[0]
+    request: dict[str, str | int | float] = {"customer_id": "example"}
+    for feature, value in zip(manifest.features, row, strict=True):
+        request[feature.name] = int(value) if feature.dtype == "int" else value
+    expected = predict(
+        "example", release.golden.probabilities[0], manifest.model_version, manifest.risk
+    )
+    with serve(bento.tag, bentoml_home=bentoml_home) as url:
+        for _ in range(WARM_UP):
+            answer = ask(url, request)
+    response = answer.json()
+    difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
+    # The last of the four digits may round the other way.
+    fits = answer.status == 200 and difference < 1.5e-4
+    fits = fits and response.get("model_version") == manifest.model_version
+    reason = (
+        f"answered {response['churn_probability']} as the model did"
+        if fits
+        else f"answered {answer.content[:200].decode(errors='replace')}, the model gave {expected}"
+    )
+    return Proof(fits, reason, manifest.release_id, request, response, round(answer.latency_ms, 3))
 
 
 def free_port() -> int:

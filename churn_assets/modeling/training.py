@@ -21,8 +21,8 @@ from churn_assets.modeling.split import Split
 if TYPE_CHECKING:
     import pandas as pd
 
-# The threads inside BLAS and boosting spin while they wait for each other: below this many rows they
-# save less than a second, and on a busy machine they cost ten. The forest's threads do not.
+# The threads inside BLAS and boosting spin while they wait for each other: below this many rows
+# they save less than a second, and on a busy machine they cost ten. The forest's threads do not.
 ROWS_WORTH_THREADS = 200_000
 
 Criterion = Literal["log_loss", "brier", "auc"]

@@ -64,9 +64,10 @@ def evidently_report(
     try:
         snapshot = _run(then, now, columns, report.policy.alert_above)
         snapshot.save_html(str(partial))
+        partial.replace(path)
     finally:
         _judged.reset(token)
-    partial.replace(path)
+        partial.unlink(missing_ok=True)
     scores, drifted = _announced(snapshot, columns)
     return EvidentlyPage(path, drifted, scores, len(then), len(now), path.stat().st_size)
 

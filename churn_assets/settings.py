@@ -13,7 +13,12 @@ import msgspec
 import yaml
 
 from churn_assets.data.gate import GatePolicy
-from churn_assets.data.sources import SourceConfig, source_tables
+from churn_assets.data.sources import (
+    ShopSourceConfig,
+    SourceConfig,
+    resolve_paths,
+    source_tables,
+)
 from churn_assets.data.windows import Windows
 from churn_assets.errors import UserError
 from churn_assets.modeling.gates import QualityPolicy
@@ -65,6 +70,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The raw tables the source has."""
         return source_tables(self.source)
 
+    @property
+    def is_shop(self) -> bool:
+        """Whether the source is the built-in shop."""
+        return isinstance(self.source, ShopSourceConfig)
+
     def identity(self) -> str:
         """What a home is for: source, first day and windows, as canonical JSON."""
         parts = {"source": self.source, "start": self.calendar.start, "windows": self.windows}
@@ -72,7 +82,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def describe_source(self) -> str:
         """The source in a few words, for a person."""
-        return f"{self.source.kind}: {', '.join(self.raw_tables)}"
+        kind = "built-in shop" if self.is_shop else "own tables"
+        return f"{kind} ({', '.join(self.raw_tables)})"
 
     def history(self, today: date) -> tuple[date, date]:
         """The first and last day of history `make run` brings in.
@@ -114,7 +125,8 @@ def load_settings(path: str | Path | None = None) -> Settings:
     except (msgspec.ValidationError, ValueError) as error:
         raise UserError(f"{chosen}: {error}") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
-    return settings
+    source = resolve_paths(settings.source, chosen.resolve().parent, os.environ)
+    return msgspec.structs.replace(settings, source=source)
 
 
 def _refuse_unknown_keys(given: Any, known: Any, path: Path, where: str) -> None:

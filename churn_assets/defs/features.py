@@ -1,43 +1,38 @@
 """Features and labels: what the model may see of a customer at a cutoff, and what came of it."""
 
-from collections.abc import Iterator
-
 import dagster as dg
 
 from churn_assets.contract.features import features_for
-from churn_assets.data import features as feature_table
-from churn_assets.data import labels as label_table
-from churn_assets.data.checks import CheckResult
+from churn_assets.data.features import look_back_days
+from churn_assets.data.refresh import refresh_features, refresh_labels
 from churn_assets.defs.metadata import (
     add_rows_per_day,
-    check_outcome,
     counts_table,
     feature_schema,
     label_schema,
+    plot,
     sample,
 )
 from churn_assets.defs.partitions import DAILY, SETTINGS, days_before, look_back, partition_range
 from churn_assets.defs.resources import Project
+from churn_assets.modeling.plots import feature_distributions
 
-GROUP = "features"
+OWNERS = [f"team:{SETTINGS.team}"]
 FEATURES = features_for(SETTINGS.raw_tables)
 HORIZON = SETTINGS.windows.horizon_days
-LOOK_BACK_DAYS = {
-    table: max(f.window_days for f in FEATURES if table in f.tables)
-    for table in SETTINGS.raw_tables
-    if any(table in f.tables for f in FEATURES)
-}
+LOOK_BACK = {table: look_back_days(table, SETTINGS.windows) for table in SETTINGS.raw_tables}
 
 
 @dg.asset(
-    group_name=GROUP,
+    group_name="features",
     kinds={"duckdb", "pandera", "parquet"},
-    owners=[f"team:{SETTINGS.team}"],
+    owners=OWNERS,
     partitions_def=DAILY,
     backfill_policy=dg.BackfillPolicy.single_run(),
     deps=[
         dg.AssetDep(table, partition_mapping=look_back(days))
-        for table, days in LOOK_BACK_DAYS.items()
+        for table, days in LOOK_BACK.items()
+        if days
     ],
     metadata={"dagster/column_schema": feature_schema(FEATURES)},
 )
@@ -50,13 +45,60 @@ def customer_features(
     the cutoff and was known by then. Rows the schema refuses go to quarantine with a reason.
     """
     first, last = partition_range(context)
-    built = project.materialize_features(first, last)
-    add_rows_per_day(context, built.rows)
+    with project.engine() as con:
+        done = refresh_features(
+            project.lake,
+            con,
+            FEATURES,
+            SETTINGS.raw_tables,
+            first,
+            last,
+            SETTINGS.windows,
+            data_start=SETTINGS.calendar.start,
+        )
+    add_rows_per_day(context, done.rows)
+    names = [feature.name for feature in FEATURES]
+    newest = project.lake.read("customer_features", last, last)
+    context.add_asset_metadata(
+        {
+            "sample": sample(done.sample),
+            "distributions": plot(
+                feature_distributions(newest, names, title=f"Customers on {last}"), "distributions"
+            ),
+        },
+        partition_key=last.isoformat(),
+    )
     return dg.MaterializeResult(
         metadata={
-            "rows": sum(built.rows.values()),
-            "rows_quarantined": sum(built.quarantined.values()),
-            "quarantined_by_reason": counts_table(built.quarantined, "reason"),
-            "sample": sample(built.sample),
+            "rows": sum(done.rows.values()),
+            "rows_quarantined": sum(done.quarantined.values()),
+            "quarantined_by_reason": counts_table(done.quarantined, "reason"),
         }
     )
+
+
+@dg.asset(
+    group_name="features",
+    kinds={"duckdb", "parquet"},
+    owners=OWNERS,
+    partitions_def=DAILY,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    deps=[
+        dg.AssetDep("orders", partition_mapping=look_back(HORIZON)),
+        dg.AssetDep("customer_features", partition_mapping=days_before(HORIZON)),
+    ],
+    metadata={"dagster/column_schema": label_schema()},
+)
+def churn_labels(
+    context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
+) -> dg.MaterializeResult:
+    """Who churned: the labels that mature with the day, of the cutoff one horizon before.
+
+    A customer of that cutoff has churned with no order from the cutoff up to the end of the day.
+    """
+    first, last = partition_range(context)
+    with project.engine() as con:
+        done = refresh_labels(project.lake, con, first, last, SETTINGS.windows)
+    add_rows_per_day(context, done.rows)
+    context.add_asset_metadata({"sample": sample(done.sample)}, partition_key=last.isoformat())
+    return dg.MaterializeResult(metadata={"rows": sum(done.rows.values())})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -10,18 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import ibis
 import msgspec
 
 from churn_assets.contract.features import Feature, features_for
 from churn_assets.data.lake import Lake
-from churn_assets.data.sources import Source, open_source
+from churn_assets.data.sources import ShopSourceConfig, Source, open_source
+from churn_assets.data.windows import labelled_partition
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
 from churn_assets.settings import Settings
+from churn_assets.simulator.shop import Shop
+from churn_assets.up import MLFLOW, REPORTS
 
 if TYPE_CHECKING:
+    from ibis.backends import BaseBackend
     from mlflow import MlflowClient
+
+    from churn_assets.modeling.held_out import Oracle
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,14 @@ class Project:
     @cached_property
     def source(self) -> Source:
         """Where the raw events come from."""
-        return open_source(self.settings.source, start=self.settings.calendar.start)
+        return open_source(self.settings.source, self.settings.calendar.start)
+
+    def oracle(self) -> Oracle | None:
+        """The true probabilities of churn, where the source is a simulator that knows them."""
+        source = self.settings.source
+        if not isinstance(source, ShopSourceConfig):
+            return None
+        return Shop(source.shop, self.settings.calendar.start).churn_probability
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -69,6 +84,33 @@ class Project:
                 raise UserError(f"there is no partition of {table} yet; materialize the raw assets")
             newest.append(days[-1])
         return min(newest)
+
+    def labelled_days(self) -> list[date]:
+        """The feature days whose labels have matured, oldest first."""
+        horizon = self.settings.windows.horizon_days
+        with_features = set(self.lake.days("customer_features"))
+        matured = (labelled_partition(day, horizon) for day in self.lake.days("churn_labels"))
+        return [day for day in matured if day in with_features]
+
+    @contextmanager
+    def engine(self) -> Iterator[BaseBackend]:
+        """A DuckDB connection for one asset, which spills to the home when memory runs out."""
+        spill = self.home.root / "tmp"
+        connection = ibis.duckdb.connect(temp_directory=str(spill))
+        try:
+            yield connection
+        finally:
+            connection.disconnect()
+
+    def mlflow_run_url(self, run_id: str) -> str:
+        """Where MLflow's UI shows a run under `make up`."""
+        client = self.mlflow_client()
+        experiment = client.get_run(run_id).info.experiment_id
+        return f"{MLFLOW.url}#/experiments/{experiment}/runs/{run_id}"
+
+    def report_url(self, path: Path) -> str:
+        """Where `make up` serves a page of the home's reports."""
+        return f"{REPORTS.url}{path.relative_to(self.home.reports).as_posix()}"
 
     def mlflow_client(self) -> MlflowClient:
         """A client of this home's tracking and registry store."""

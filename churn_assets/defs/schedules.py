@@ -44,7 +44,7 @@ def daily_refresh_schedule(
     days = days_to_refresh(
         newest,
         date.fromisoformat(last_key) if last_key else newest,
-        one_at_a_time=SETTINGS.source.kind == "shop",
+        one_at_a_time=SETTINGS.is_shop,
     )
     if not days:
         yield dg.SkipReason(f"every day up to {newest} is there and no later one is complete")

@@ -22,7 +22,7 @@ class TrainingSetRecord(msgspec.Struct, frozen=True):
 class ModelRecord(msgspec.Struct, frozen=True):
     """A trained model: where MLflow keeps it and what it was made from.
 
-    `sklearn_uri` and `onnx_uri` are MLflow model URIs; `oracle` probabilities are never stored.
+    `sklearn_uri` and `onnx_uri` are MLflow model URIs.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ModelRecord(msgspec.Struct, frozen=True):
     dagster_run: str
     sklearn_uri: str
     onnx_uri: str
-    parity_max_difference: float
+    parity_max_difference: float | None
     training_set: TrainingSetRecord
 
 
@@ -46,14 +46,22 @@ class GateRecord(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Example(msgspec.Struct, frozen=True):
+    """A held-out customer as a request, with the probability the judged model gave."""
+
+    request: dict[str, str | int | float]
+    probability: float
+
+
 class EvaluationRecord(msgspec.Struct, frozen=True):
     """The judgement of one version on the latest labelled window."""
 
     model: ModelRecord
-    metrics: dict[str, float | None]
-    baselines: dict[str, float | None]
+    metrics: dict[str, float]
     gates: tuple[GateRecord, ...]
     release_dir: str
+    release_id: str
+    example: Example
 
     @property
     def passed(self) -> bool:
@@ -68,6 +76,8 @@ class RegisteredModel(msgspec.Struct, frozen=True):
     version: str
     stage: str
     release_dir: str
+    release_id: str
+    example: Example
 
 
 class BentoRecord(msgspec.Struct, frozen=True):
@@ -80,3 +90,15 @@ class BentoRecord(msgspec.Struct, frozen=True):
     request: dict[str, str | int | float]
     response: dict[str, str | float]
     latency_ms: float
+
+
+class DriftRecord(msgspec.Struct, frozen=True):
+    """The drift of the days [first, last] against a training set (`reference` is its hash)."""
+
+    verdict: str
+    reason: str
+    first: date
+    last: date
+    statistics: dict[str, float | None]
+    reference: str
+    page: str

@@ -119,7 +119,7 @@ def transition(
     history = msgspec.json.encode([*history_of(current), step]).decode()
     client.set_model_version_tag(name, version, HISTORY_TAG, history)
     client.set_model_version_tag(name, version, STAGE_TAG, target)
-    if source in ALIAS and version in _aliased(client, name, ALIAS[source]):
+    if source in ALIAS and _aliased(client, name, ALIAS[source]) == version:
         client.delete_registered_model_alias(name, ALIAS[source])
     if target in ALIAS:
         client.set_registered_model_alias(name, ALIAS[target], version)
@@ -130,6 +130,6 @@ def transition(
     return step
 
 
-def _aliased(client: MlflowClient, name: str, alias: str) -> tuple[str, ...]:
+def _aliased(client: MlflowClient, name: str, alias: str) -> str | None:
     versions = client.get_registered_model(name).aliases
-    return (str(versions[alias]),) if alias in versions else ()
+    return str(versions[alias]) if alias in versions else None

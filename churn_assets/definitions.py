@@ -1,0 +1,47 @@
+"""The whole map: every asset, check, job, schedule, sensor and resource of the code location."""
+
+import dagster as dg
+
+from churn_assets.defs import (
+    evaluation,
+    features,
+    monitoring,
+    raw,
+    registry,
+    serving,
+    training,
+)
+from churn_assets.defs.jobs import JOBS
+from churn_assets.defs.progress import progress
+from churn_assets.defs.resources import Project, RecordIOManager, mlflow_for
+from churn_assets.defs.schedules import SCHEDULES
+from churn_assets.defs.sensors import SENSORS
+from churn_assets.home import Home
+
+HOME = Home.from_environment()
+
+defs = dg.Definitions(
+    assets=[
+        *raw.RAW_ASSETS,
+        features.customer_features,
+        features.churn_labels,
+        training.training_set,
+        training.trained_model,
+        evaluation.evaluation_report,
+        registry.registered_model,
+        serving.churn_bento,
+        monitoring.drift_report,
+    ],
+    asset_checks=[*features.CHECKS],
+    jobs=JOBS,
+    schedules=SCHEDULES,
+    sensors=SENSORS,
+    resources={
+        "project": Project.of(HOME),
+        "mlflow": mlflow_for(HOME),
+        "io_manager": RecordIOManager(HOME.records),
+    },
+    loggers={"console": dg.colored_console_logger, "progress": progress},
+    # A step is short beside the start of a process; a run is a process of its own anyway.
+    executor=dg.in_process_executor,
+)

@@ -1,0 +1,48 @@
+"""Registry: a version that passed every gate goes to Staging, with the evaluation as evidence."""
+
+import dagster as dg
+
+from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.resources import Project
+from churn_assets.lifecycle.records import EvaluationRecord, RegisteredModel
+from churn_assets.lifecycle.registry import transition
+
+
+@dg.asset(group_name="registry", kinds={"mlflow"}, owners=[f"team:{SETTINGS.team}"])
+def registered_model(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    evaluation_report: EvaluationRecord,
+) -> dg.MaterializeResult[RegisteredModel]:
+    """The version the gates let into Staging. A refused version stays in None, with the reasons."""
+    if not evaluation_report.passed:
+        refused = "; ".join(g.reason for g in evaluation_report.gates if not g.passed)
+        raise dg.Failure(f"the gates did not pass: {refused or 'there is no evidence'}")
+    model = evaluation_report.model
+    step = transition(
+        project.mlflow_client(),
+        model.name,
+        model.version,
+        "Staging",
+        who="pipeline",
+        why="every quality gate passed",
+        evidence={gate.name: gate.reason for gate in evaluation_report.gates},
+        now=project.now(),
+    )
+    record = RegisteredModel(
+        name=model.name,
+        version=model.version,
+        stage=step.target,
+        release_dir=evaluation_report.release_dir,
+        release_id=evaluation_report.release_id,
+        example=evaluation_report.example,
+    )
+    return dg.MaterializeResult(
+        value=record,
+        metadata={
+            "version": record.version,
+            "stage": record.stage,
+            "evidence": dict(step.evidence),
+            "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(model.mlflow_run)),
+        },
+    )

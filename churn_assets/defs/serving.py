@@ -1,0 +1,62 @@
+"""Serving: the version in Staging, packaged as a bento that has answered a real request."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.resources import Project
+from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.bento import build_bento
+from churn_assets.lifecycle.records import BentoRecord, RegisteredModel
+from churn_assets.lifecycle.rehearsal import ask_bento
+
+
+@dg.asset(
+    group_name="serving",
+    kinds={"bentoml", "onnx"},
+    owners=[f"team:{SETTINGS.team}"],
+    check_specs=[
+        dg.AssetCheckSpec(
+            "answers",
+            asset="churn_bento",
+            blocking=True,
+            description="The built bento, served, answers a real request as its model does.",
+        )
+    ],
+)
+def churn_bento(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    registered_model: RegisteredModel,
+) -> dg.MaterializeResult[BentoRecord]:
+    """The service with one release baked in. It needs neither Dagster, MLflow nor scikit-learn."""
+    bento = build_bento(
+        Path(registered_model.release_dir), project.home.bentoml, project_root=PROJECT_ROOT
+    )
+    example, version = registered_model.example, registered_model.version
+    answered = ask_bento(bento, project.home.bentoml, example, version)
+    record = BentoRecord(
+        tag=bento.tag,
+        path=str(bento.path),
+        model_version=version,
+        release_id=registered_model.release_id,
+        request=example.request,
+        response=answered.response,
+        latency_ms=answered.latency_ms,
+    )
+    return dg.MaterializeResult(
+        value=record,
+        metadata={
+            "tag": record.tag,
+            "path": dg.MetadataValue.path(record.path),
+            "request": record.request,
+            "response": record.response,
+            "latency_ms": record.latency_ms,
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="answers", passed=answered.passed, description=answered.reason
+            )
+        ],
+    )

@@ -1,0 +1,167 @@
+"""Training: an exact training set, then the model that does best on the validation cutoff."""
+
+import dagster as dg
+import msgspec
+
+from churn_assets.data.gate import judge_data
+from churn_assets.data.training_set import assemble_training_set, restore_training_set
+from churn_assets.defs.features import FEATURES
+from churn_assets.defs.metadata import candidates_table, check_outcome, sample, training_schema
+from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.resources import Project
+from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.records import ModelRecord, TrainingSetRecord
+from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
+from churn_assets.modeling.onnx_export import check_parity, export_onnx
+from churn_assets.modeling.split import Split, temporal_split
+from churn_assets.modeling.training import feature_matrix, fit, rows_of
+
+GROUP = "training"
+OWNERS = [f"team:{SETTINGS.team}"]
+
+
+def split_of(record: TrainingSetRecord) -> Split:
+    """The split a training set was assembled for."""
+    return Split(record.train, record.validation, record.test, SETTINGS.windows.horizon_days)
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"duckdb", "parquet", "mlflow"},
+    owners=OWNERS,
+    deps=["customer_features", "churn_labels"],
+    metadata={"dagster/column_schema": training_schema(FEATURES)},
+    required_resource_keys={"mlflow"},
+    check_specs=[
+        dg.AssetCheckSpec(
+            "data_gate",
+            asset="training_set",
+            blocking=True,
+            description=(
+                f"At least {SETTINGS.data_gate.min_rows:,} rows, at most "
+                f"{SETTINGS.data_gate.max_null_ratio:.0%} nulls in a column, and the schema."
+            ),
+        ),
+        dg.AssetCheckSpec(
+            "no_row_lost",
+            asset="training_set",
+            blocking=True,
+            description="Every feature row found its label, and every label its features.",
+        ),
+    ],
+)
+def training_set(
+    context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
+) -> dg.MaterializeResult[TrainingSetRecord]:
+    """The rows a model is trained, chosen and judged on: features and labels of exact partitions.
+
+    The newest labelled cutoff judges, the one a horizon before it chooses, those before train. The
+    set is kept under its content hash, so that `churn training-set` can bring it back.
+    """
+    split = temporal_split(
+        project.labelled_days(),
+        SETTINGS.windows.horizon_days,
+        max_train_cutoffs=SETTINGS.training.max_train_cutoffs,
+    )
+    names = [feature.name for feature in FEATURES]
+    with project.engine() as con:
+        assembled = assemble_training_set(
+            project.lake, con, split.days, SETTINGS.windows, FEATURES
+        )
+    record = TrainingSetRecord(
+        data_hash=assembled.data_hash,
+        rows=assembled.table.num_rows,
+        churn_rate=assembled.churn_rate,
+        features=tuple(names),
+        train=split.train,
+        validation=split.validation,
+        test=split.test,
+    )
+    log_training_set(context.resources.mlflow, record, msgspec.json.encode(assembled.manifest))
+    gate = judge_data(assembled.table, FEATURES, SETTINGS.data_gate)
+    return dg.MaterializeResult(
+        value=record,
+        data_version=dg.DataVersion(record.data_hash),
+        metadata={
+            "dagster/row_count": record.rows,
+            "churn_rate": record.churn_rate,
+            "data_hash": record.data_hash,
+            "train_cutoffs": [day.isoformat() for day in record.train],
+            "validation_cutoff": record.validation.isoformat(),
+            "test_cutoff": record.test.isoformat(),
+            "sample": sample(assembled.table),
+        },
+        check_results=[
+            check_outcome(gate, name="data_gate"),
+            check_outcome(assembled.check, name="no_row_lost"),
+        ],
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"scikitlearn", "onnx", "mlflow"},
+    owners=OWNERS,
+    required_resource_keys={"mlflow"},
+    check_specs=[
+        dg.AssetCheckSpec(
+            "onnx_parity",
+            asset="trained_model",
+            blocking=True,
+            description="The ONNX graph answers as scikit-learn does, within 1e-5 on held-out rows.",
+        )
+    ],
+)
+def trained_model(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    training_set: TrainingSetRecord,
+) -> dg.MaterializeResult[ModelRecord]:
+    """The best of three families on the validation cutoff, in scikit-learn and in ONNX.
+
+    It enters the registry in stage None. Only the ONNX form is ever served, and only when it
+    answers as scikit-learn does.
+    """
+    split = split_of(training_set)
+    frame = restore_training_set(project.lake, training_set.data_hash).table.to_pandas()
+    trained = fit(
+        frame,
+        split,
+        training_set.features,
+        seed=SETTINGS.seed,
+        policy=SETTINGS.training,
+        progress=context.log.info,
+    )
+    onnx = export_onnx(trained.estimator, len(training_set.features))
+    held_out = feature_matrix(rows_of(frame, [split.test]), training_set.features)
+    parity = check_parity(trained.estimator, onnx, held_out)
+    record = log_trained_model(
+        context.resources.mlflow,
+        project.mlflow_client(),
+        trained,
+        onnx,
+        parity=parity,
+        name=SETTINGS.model_name,
+        training_set=training_set,
+        dagster_run=context.run_id,
+        tags={"team": SETTINGS.team, "use_case": SETTINGS.use_case},
+        project_root=PROJECT_ROOT,
+    )
+    return dg.MaterializeResult(
+        value=record,
+        metadata={
+            "version": record.version,
+            "family": record.family,
+            "why": trained.reason,
+            "candidates": candidates_table(trained),
+            "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(record.mlflow_run)),
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="onnx_parity",
+                passed=parity.passed,
+                description=parity.reason,
+                metadata={"rows": parity.rows, "tolerance": parity.tolerance},
+            )
+        ],
+    )

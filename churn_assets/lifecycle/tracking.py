@@ -1,0 +1,181 @@
+"""What an MLflow run of a training holds: data, parameters, figures, models, environment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from churn_assets.lifecycle.experiments import environment_tags, installed_packages
+from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
+from churn_assets.lifecycle.registry import register_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlflow import MlflowClient
+
+    from churn_assets.modeling.onnx_export import Parity
+    from churn_assets.modeling.training import TrainedModel
+
+# skops refuses these unless they are named: their files hold node indices that scikit-learn
+# follows without a bounds check. They are trusted because this run has just trained them.
+TRUSTED_TYPES: Mapping[str, list[str]] = {
+    "logistic_regression": [],
+    "random_forest": ["sklearn.tree._tree.Tree"],
+    "hist_gradient_boosting": [
+        "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    ],
+}
+
+
+def log_training_set(mlflow: Any, record: TrainingSetRecord, manifest: bytes) -> None:
+    """The data version: the hash, the days and the features of the training set."""
+    mlflow.set_tags({"data_hash": record.data_hash, "features": ",".join(record.features)})
+    mlflow.log_params(
+        {
+            "data_rows": record.rows,
+            "data_train_cutoffs": ",".join(day.isoformat() for day in record.train),
+            "data_validation_cutoff": record.validation.isoformat(),
+            "data_test_cutoff": record.test.isoformat(),
+        }
+    )
+    mlflow.log_text(manifest.decode(), "data/training_set.json")
+
+
+def log_trained_model(
+    mlflow: Any,
+    client: MlflowClient,
+    trained: TrainedModel,
+    onnx: bytes,
+    *,
+    parity: Parity,
+    name: str,
+    training_set: TrainingSetRecord,
+    dagster_run: str,
+    tags: Mapping[str, str],
+    project_root: Path,
+) -> ModelRecord:
+    """Log both forms of the model with everything that made it, and register it in stage None.
+
+    tags: team and use case. Returns where MLflow keeps it.
+    """
+    import mlflow.onnx
+    import mlflow.sklearn
+    from onnx import load_model_from_string
+
+    run_id = mlflow.active_run().info.run_id
+    mlflow.set_tags({**tags, **environment_tags(project_root), "family": trained.family})
+    mlflow.log_params(
+        {
+            "family": trained.family,
+            "selected_by": trained.selected_by,
+            "seed": trained.seed,
+            "fitted_rows": trained.fitted_rows,
+            **{f"model_{key}": value for key, value in trained.params.items()},
+        }
+    )
+    if parity.max_difference is not None:
+        mlflow.log_metric("onnx_parity_max_difference", parity.max_difference)
+    mlflow.set_tag("onnx_parity", parity.reason)
+    for candidate in trained.candidates:
+        scores = msgspec.to_builtins(candidate.scores)
+        for metric in ("accuracy", "f1", "auc", "log_loss", "brier"):
+            if scores[metric] is not None:
+                mlflow.log_metric(f"validation_{candidate.family}_{metric}", scores[metric])
+        mlflow.log_metric(f"fit_seconds_{candidate.family}", candidate.seconds)
+    mlflow.log_text(installed_packages(), "environment/packages.txt")
+    mlflow.log_dict(trained.to_dict(), "training/candidates.json")
+    pins = [f"{package}=={installed_version(package)}" for package in ("numpy", "scikit-learn")]
+    with _quiet("mlflow"):
+        sklearn = mlflow.sklearn.log_model(
+            trained.estimator,
+            name="sklearn",
+            skops_trusted_types=TRUSTED_TYPES[trained.family],
+            pip_requirements=pins,
+        )
+        served = mlflow.onnx.log_model(
+            load_model_from_string(onnx),
+            name="onnx",
+            pip_requirements=[f"onnxruntime=={installed_version('onnxruntime')}"],
+        )
+    version = register_version(
+        client,
+        name,
+        model_uri=served.model_uri,
+        run_id=run_id,
+        tags={
+            **tags,
+            "family": trained.family,
+            "data_hash": training_set.data_hash,
+            "sklearn_uri": sklearn.model_uri,
+            "dagster_run": dagster_run,
+        },
+    )
+    return ModelRecord(
+        name=name,
+        version=version,
+        family=trained.family,
+        mlflow_run=run_id,
+        dagster_run=dagster_run,
+        sklearn_uri=sklearn.model_uri,
+        onnx_uri=served.model_uri,
+        parity_max_difference=parity.max_difference,
+        training_set=training_set,
+    )
+
+
+def log_evaluation(
+    client: MlflowClient, record: EvaluationRecord, plots: Mapping[str, bytes], folder: Path
+) -> None:
+    """Put the judgement and its plots on the run that trained the model, and on the version."""
+    run_id = record.model.mlflow_run
+    for name, value in record.metrics.items():
+        client.log_metric(run_id, name, value)
+    client.log_dict(run_id, msgspec.to_builtins(record), "evaluation/report.json")
+    for name, png in plots.items():
+        path = folder / f"{name}.png"
+        path.write_bytes(png)
+        client.log_artifact(run_id, str(path), "evaluation")
+    refused = ", ".join(gate.name for gate in record.gates if not gate.passed)
+    client.set_tag(run_id, "gates", f"refused by {refused}" if refused else "passed")
+    client.set_model_version_tag(
+        record.model.name, record.model.version, "gates", "refused" if refused else "passed"
+    )
+
+
+def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:
+    """The ONNX graph of a registered model, as it was logged."""
+    import mlflow
+    import mlflow.onnx
+
+    mlflow.set_tracking_uri(tracking_uri)
+    with _quiet("mlflow"):
+        return mlflow.onnx.load_model(record.onnx_uri).SerializeToString()
+
+
+def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:
+    """The scikit-learn estimator of a registered model."""
+    import mlflow
+    import mlflow.sklearn
+
+    mlflow.set_tracking_uri(tracking_uri)
+    with _quiet("mlflow"):
+        return mlflow.sklearn.load_model(record.sklearn_uri)
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """MLflow's progress lines are not for the person at this terminal; its warnings are."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -16,6 +16,9 @@ from churn_assets.simulator.params import Offer, ShopParams
 from churn_assets.simulator.randomness import bits, normal, sequences, uniform, uniform_pair
 from churn_assets.simulator.seasons import Calendar
 
+# Visits are laid out more densely than they happen, so that what remains after thinning is close to
+# Poisson.
+VISIT_CHANCE = 0.6
 _FADING = 60.0  # the time beyond their last order for which leavers count as customers, roughly
 _SUDDEN_DAYS = 3.0
 _SHORTEST_VISIT_GAP, _SHORTEST_RHYTHM, _LONGEST_RHYTHM = 0.1, 3.0, 45.0
@@ -71,11 +74,6 @@ def numbered(numbers: np.ndarray, width: int) -> pa.Array:
 def joined(left: pa.Array | pa.Scalar, right: pa.Array) -> pa.Array:
     """Each pair of strings with a hyphen between them."""
     return pc.call_function("binary_join_element_wise", [left, right, "-"])
-
-
-# Visits and tickets are laid out more densely than they happen, so that what remains after
-# thinning is close to Poisson.
-VISIT_CHANCE = 0.6
 
 
 def draw_customers(params: ShopParams, days: Calendar) -> Customers:

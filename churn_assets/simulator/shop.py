@@ -19,7 +19,7 @@ from churn_assets.simulator.randomness import bits, normal, sequences, uniform
 from churn_assets.simulator.seasons import calendar
 
 _SECONDS_PER_DAY = 86_400
-_DAYS_AT_A_TIME = 56  # arrays that stay near the processor
+_DAYS_AT_A_TIME, _CUSTOMER_DAYS_AT_A_TIME = 56, 700_000  # arrays of some megabytes each
 _YEAR = 365
 
 
@@ -62,9 +62,11 @@ class Shop:
             raise UserError(f"the shop's record starts on {self.start}; ask for no day before it")
         books = self._until(last)
         begin, end = self._day(first), self._day(last)
+        step = _CUSTOMER_DAYS_AT_A_TIME // self.params.customers
+        step = min(max(step, 1), _DAYS_AT_A_TIME)
         parts = [
-            books.events(table, day, min(day + _DAYS_AT_A_TIME - 1, end))
-            for day in range(begin, end + 1, _DAYS_AT_A_TIME)
+            books.events(table, day, min(day + step - 1, end))
+            for day in range(begin, end + 1, step)
         ]
         return pa.concat_tables(parts).combine_chunks()
 

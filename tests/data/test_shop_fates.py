@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 
 import numpy as np
@@ -159,6 +160,35 @@ def test_offers_keep_some_of_those_who_would_have_left_and_touch_nobody_else(jud
     assert abs(kept.sum() - (1 - changed).sum()) < 4 * error
 
 
+def test_who_was_kept_is_still_there_months_later(judged):
+    offered = leavers(judged)
+    offering = Shop(PARAMS, START, offers_on(offered, CUTOFF - 1))
+    first, last = day(CUTOFF + 130), day(CUTOFF + 160)
+
+    def still_ordering(shop: Shop) -> set[str]:
+        return set(shop.events("orders", first, last)["customer_id"].to_pylist()) & set(offered)
+
+    before, after = still_ordering(Shop(PARAMS, START)), still_ordering(offering)
+    assert before < after
+    assert len(after - before) > 0.05 * len(offered)
+
+
+def test_people_come_back_from_quiet_spells():
+    # Potential events are the same, so the shop without quiet spells has all orders and more.
+    lively = Shop(replace(PARAMS, quiet_chance=0.0), START)
+    all_orders = lively.events("orders", day(30), day(180)).to_pandas()
+    orders = Shop(PARAMS, START).events("orders", day(30), day(180)).to_pandas()
+
+    missed = all_orders[~all_orders["order_id"].isin(orders["order_id"])]
+    assert set(orders["order_id"]) < set(all_orders["order_id"])
+    assert 0.01 < len(missed) / len(all_orders) < 0.05
+    early = missed[missed["occurred_at"] < pd.Timestamp(midnight(120))]
+    later = orders[orders["occurred_at"] > pd.Timestamp(midnight(120))]
+    assert early["customer_id"].isin(later["customer_id"]).mean() > 0.8
+    # A spell hides what is due in a row, not one order here and there.
+    assert missed.groupby("customer_id").size().mean() > 1.4
+
+
 def test_offers_count_once_a_day_in_any_order_and_day_by_day(judged):
     known = Shop(PARAMS, START).events("customers", START, day(CUTOFF - 10))["customer_id"]
     offered = sorted(set(leavers(judged)) & set(known.to_pylist()))
@@ -176,7 +206,7 @@ def test_offers_count_once_a_day_in_any_order_and_day_by_day(judged):
 
 
 def test_a_shop_of_the_unpersuadable(judged):
-    params = ShopParams(customers=PARAMS.customers, persuasion=0.0)
+    params = replace(PARAMS, persuasion=0.0)
     offers = offers_on(leavers(judged), CUTOFF - 1)
     first, last = day(CUTOFF), day(CUTOFF + 9)
 

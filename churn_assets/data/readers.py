@@ -115,7 +115,7 @@ def load_query(connection: duckdb.DuckDBPyConnection, target: str, query: str) -
     """Make DuckDB table `target` of what `query` (FROM ...) gives, with ROW. NaN becomes null."""
     types = connection.execute(f"DESCRIBE SELECT * {query}").fetchall()
     columns = [
-        f"nullif({sql_name(name)}, 'NaN') AS {sql_name(name)}"
+        f"CASE WHEN NOT isnan({sql_name(name)}) THEN {sql_name(name)} END AS {sql_name(name)}"
         if kind in ("DOUBLE", "FLOAT")
         else sql_name(name)
         for name, kind, *_ in types

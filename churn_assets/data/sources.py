@@ -17,6 +17,7 @@ import ibis
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
+from ibis.common.exceptions import TableNotFound
 
 from churn_assets.data.mapping import (
     Mapped,
@@ -24,6 +25,8 @@ from churn_assets.data.mapping import (
     check_columns,
     check_timezone,
     map_rows,
+    sql_name,
+    sql_text,
 )
 from churn_assets.data.readers import CORRUPT_SCHEMA, connect, find_files, load_files, load_query
 from churn_assets.data.tables import CUSTOMERS, ORDERS, RAW_TABLES
@@ -126,9 +129,11 @@ def source_tables(config: SourceConfig) -> tuple[str, ...]:
 
 
 def resolve_paths(config: SourceConfig, base: Path, environment: Mapping[str, str]) -> SourceConfig:
-    """`config` with its ${VARIABLES} filled in and relative paths made absolute from `base`.
+    """`config` with its ${VARIABLES} filled in and relative paths made absolute.
 
-    Raises UserError naming a variable that is not set.
+    A relative path starts at `base`, the folder of the configuration, and one that a variable
+    holds at the working directory, where the variable was written. Raises UserError naming a
+    variable that is not set.
     """
     if isinstance(config, ShopSourceConfig):
         return config
@@ -150,6 +155,7 @@ def _located(place: str, base: Path, environment: Mapping[str, str], table: str)
         return environment[found[1]]
 
     filled = re.sub(r"\$\{(\w+)\}", value, place)
+    base = Path.cwd() if place.startswith("${") else base
     scheme, separator, rest = filled.partition("://")
     if not separator:
         return str(base / Path(filled).expanduser())
@@ -259,17 +265,17 @@ class MappedSource:
 
     def _map(self, table: str) -> Mapped:
         config = self._config.tables.present[table]
-        with self._lock:
-            version = _version(config)
-            known = self._mapped.get(table)
-            if version is not None and known is not None and known[0] == version:
-                return known[1]
-            try:
+        try:
+            with self._lock:
+                version = _version(config)
+                known = self._mapped.get(table)
+                if version is not None and known is not None and known[0] == version:
+                    return known[1]
                 mapped = self._read_and_map(table, config)
-            except UserError as error:
-                raise UserError(f"{table}: {error}") from error
-            self._mapped[table] = (version, mapped)
-            return mapped
+                self._mapped[table] = (version, mapped)
+                return mapped
+        except UserError as error:
+            raise UserError(f"{table}: {error}") from error
 
     def _read_and_map(self, name: str, config: TableConfig) -> Mapped:
         assert config.from_ is not None
@@ -376,7 +382,9 @@ def _version(config: TableConfig) -> Any:
     try:
         stats = [(file, file.stat()) for file in files]
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); check the path"
+        ) from error
     return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
 
 
@@ -397,6 +405,17 @@ def _load(connection: duckdb.DuckDBPyConnection, config: TableConfig) -> pa.Tabl
         )
     if config.table is None:
         raise UserError(f"{shown(config.from_)} is a database; name its table with table")
+    if config.from_.startswith("duckdb://"):
+        path = config.from_.removeprefix("duckdb://")
+        try:
+            connection.execute(f"ATTACH {sql_text(path)} AS theirs (READ_ONLY)")
+            named = ".".join(sql_name(part) for part in config.table.split("."))
+            load_query(connection, "source", f"FROM theirs.{named}")
+        except duckdb.CatalogException:
+            raise UserError(f"{path} has no table {config.table}; check table") from None
+        except duckdb.Error as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        return CORRUPT_SCHEMA.empty_table()
     connection.register("fetched", _fetch(config.from_, config.table))
     load_query(connection, "source", "FROM fetched")
     connection.unregister("fetched")
@@ -412,19 +431,12 @@ def _fetch(url: str, table: str) -> pa.Table:
         raise UserError(
             f'{shown(url)} needs a driver that is not installed; install "ibis-framework[{scheme}]"'
         ) from error
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"{shown(url)} cannot be reached: {_one_line(error, url)}") from error
     try:
-        names = backend.list_tables()
-        if table not in names:
-            raise UserError(
-                f"{shown(url)} has no table {table}; it has {', '.join(names) or 'none'}"
-            )
         return backend.table(table).to_pyarrow()
-    except UserError:
-        raise
+    except TableNotFound:
+        raise UserError(f"{shown(url)} has no table {table}; check table") from None
     except Exception as error:
         raise UserError(f"{shown(url)} cannot be read: {_one_line(error, url)}") from error
     finally:
@@ -433,14 +445,7 @@ def _fetch(url: str, table: str) -> pa.Table:
 
 def _database(url: str) -> BaseBackend:
     scheme, _, rest = url.partition("://")
-    if scheme in _FILE_DATABASES:
-        # Both would make a database that is not there.
-        if not Path(rest).is_file():
-            raise UserError(f"there is no database {rest}; check the path")
-        if scheme == "duckdb":
-            return ibis.duckdb.connect(rest, read_only=True)
-        return ibis.sqlite.connect(rest)
-    return ibis.connect(url)
+    return ibis.sqlite.connect(rest) if scheme == "sqlite" else ibis.connect(url)
 
 
 def shown(place: str) -> str:

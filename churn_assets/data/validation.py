@@ -8,10 +8,12 @@ at one by one.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -284,18 +286,16 @@ def pandera_schema(schema: TableSchema) -> pandera.DataFrameSchema:
     columns = {}
     for field in schema.fields:
         limits, checks = field.constraints, []
+        # `error` is what pandera's failure cases call the check.
         if field.type == "string" and field.name in schema.required:
-            checks.append(_check(pandera.Check.str_length(min_value=1), "missing", field))
-        if limits.max_length is not None:
-            length = limits.max_length
-            in_bytes = pandera.Check(
-                lambda text, n=length: len(text.encode()) <= n, element_wise=True
-            )
-            checks.append(_check(in_bytes, "overlong", field))
+            checks.append(pandera.Check.str_length(min_value=1, error="missing"))
+        if (length := limits.max_length) is not None:
+            in_bytes = partial(_fits, length=length)
+            checks.append(pandera.Check(in_bytes, element_wise=True, error="overlong"))
         if limits.minimum is not None:
-            checks.append(_check(pandera.Check.ge(limits.minimum), "below", field))
+            checks.append(pandera.Check.ge(limits.minimum, error="below"))
         if limits.maximum is not None:
-            checks.append(_check(pandera.Check.le(limits.maximum), "above", field))
+            checks.append(pandera.Check.le(limits.maximum, error="above"))
         columns[field.name] = pandera.Column(
             dtypes.get(field.type, object),
             checks,
@@ -305,9 +305,8 @@ def pandera_schema(schema: TableSchema) -> pandera.DataFrameSchema:
     return pandera.DataFrameSchema(columns)
 
 
-def _check(check: Any, kind: str, field: Field) -> Any:
-    check.name = kind
-    return check
+def _fits(text: str, length: int) -> bool:
+    return len(text.encode()) <= length
 
 
 def _pandera_faults(
@@ -322,7 +321,10 @@ def _pandera_faults(
         types_mapper=nullable.get
     )
     try:
-        pandera_schema(schema).validate(frame, lazy=True)
+        with warnings.catch_warnings():
+            # Pandera concatenates its failure cases in a way pandas is about to change.
+            warnings.filterwarnings("ignore", "The behavior of DataFrame concatenation")
+            pandera_schema(schema).validate(frame, lazy=True)
     except SchemaErrors as errors:
         cases = errors.failure_cases
     else:
@@ -381,8 +383,14 @@ def _part(
 
 
 def _as_json(row: dict[str, Any]) -> str:
-    finite = {name: None if value != value else value for name, value in row.items()}
-    return json.dumps(finite, default=_plain)
+    return json.dumps({name: _finite(value) for name, value in row.items()}, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from churn_assets.modeling.candidates import limited_threads
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -211,18 +213,19 @@ def permutation_importance(
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(truth))[:max_rows])
     x, truth = x[chosen], truth[chosen]
-    whole = auc(truth, estimator.predict_proba(x)[:, 1])
-    if whole is None:
-        raise ValueError("importance needs both churned and retained customers")
-    found = []
-    for column, feature in enumerate(features):
-        losses = []
-        for _ in range(repeats):
-            shuffled = x.copy()
-            shuffled[:, column] = rng.permutation(shuffled[:, column])
-            rest = auc(truth, estimator.predict_proba(shuffled)[:, 1])
-            losses.append(whole - (rest or 0.0))
-        found.append(Importance(feature, float(np.mean(losses)), float(np.std(losses))))
+    with limited_threads(len(truth)):
+        whole = auc(truth, estimator.predict_proba(x)[:, 1])
+        if whole is None:
+            raise ValueError("importance needs both churned and retained customers")
+        found = []
+        for column, feature in enumerate(features):
+            losses = []
+            for _ in range(repeats):
+                shuffled = x.copy()
+                shuffled[:, column] = rng.permutation(shuffled[:, column])
+                rest = auc(truth, estimator.predict_proba(shuffled)[:, 1])
+                losses.append(whole - (rest or 0.0))
+            found.append(Importance(feature, float(np.mean(losses)), float(np.std(losses))))
     return tuple(sorted(found, key=lambda item: -item.mean))
 
 

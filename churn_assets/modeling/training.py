@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -14,16 +13,18 @@ from numpy.typing import NDArray
 
 from churn_assets.data.windows import cutoff_of
 from churn_assets.errors import UserError
-from churn_assets.modeling.candidates import DEFAULT_PARAMS, FAMILIES, Family, build_estimator
+from churn_assets.modeling.candidates import (
+    DEFAULT_PARAMS,
+    FAMILIES,
+    Family,
+    build_estimator,
+    limited_threads,
+)
 from churn_assets.modeling.metrics import Scores, score
 from churn_assets.modeling.split import Split
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# The threads inside BLAS and boosting spin while they wait for each other: below this many rows
-# they save less than a second, and on a busy machine they cost ten. The forest's threads do not.
-ROWS_WORTH_THREADS = 200_000
 
 Criterion = Literal["log_loss", "brier", "auc"]
 
@@ -196,7 +197,8 @@ def rows_of(frame: pd.DataFrame, days: Sequence[date]) -> pd.DataFrame:
 def predict_churn(estimator: Any, x: NDArray[Any]) -> NDArray[np.float64]:
     """P(churn) [rows] of `x` [rows, features], rounded to float32 first as in service."""
     rounded = np.asarray(x).astype(np.float32).astype(np.float64)
-    return np.asarray(estimator.predict_proba(rounded)[:, 1], dtype=np.float64)
+    with limited_threads(len(rounded)):
+        return np.asarray(estimator.predict_proba(rounded)[:, 1], dtype=np.float64)
 
 
 def fit(
@@ -278,13 +280,8 @@ def _fitted(
     seed: int,
     policy: TrainingPolicy,
 ) -> Any:
-    from threadpoolctl import threadpool_limits
-
     estimator = build_estimator(family, seed=seed, n_jobs=policy.n_jobs)
-    threads = 1 if len(x) < ROWS_WORTH_THREADS else os.cpu_count()
-    if policy.n_jobs > 0:
-        threads = min(threads or 1, policy.n_jobs)
-    with threadpool_limits(threads):
+    with limited_threads(len(x), policy.n_jobs):
         estimator.fit(x.astype(np.float64), y)
     if family == "random_forest":
         # Threads add up the trees in the order they finish, so the last bits of a probability

@@ -32,7 +32,6 @@ defs = dg.Definitions(
         serving.churn_bento,
         monitoring.drift_report,
     ],
-    asset_checks=[*features.CHECKS],
     jobs=JOBS,
     schedules=SCHEDULES,
     sensors=SENSORS,

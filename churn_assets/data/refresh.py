@@ -59,7 +59,7 @@ def refresh_raw(
         table, first, last, checked.valid, day_of="occurred_at", order_by=["occurred_at"]
     )
     return Refreshed(
-        rows, read.rows_read, read.rows_filtered, count_reasons(refused), _newest(checked.valid)
+        rows, read.rows_read, read.filtered, count_reasons(refused), _newest(checked.valid)
     )
 
 

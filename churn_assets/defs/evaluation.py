@@ -1,7 +1,6 @@
 """Evaluation: the chosen model judged once, on the newest labelled cutoff, as it would be served."""
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import dagster as dg
@@ -12,15 +11,13 @@ from churn_assets.defs.metadata import gates_table, plot, scores_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.defs.training import split_of
-from churn_assets.home import PROJECT_ROOT
-from churn_assets.lifecycle.records import EvaluationRecord, Example, GateRecord, ModelRecord
-from churn_assets.lifecycle.rehearsal import measure_release
+from churn_assets.lifecycle.records import EvaluationRecord, GateRecord, ModelRecord
 from churn_assets.lifecycle.release import build_release, reference_statistics
+from churn_assets.lifecycle.serving import measure_release
 from churn_assets.lifecycle.tracking import load_onnx, load_sklearn, log_evaluation
 from churn_assets.modeling.gates import judge_gates
 from churn_assets.modeling.held_out import judge_held_out
 
-SERVICE = PROJECT_ROOT / "bentos" / "churn"
 GATES = {
     "accuracy": f"Accuracy of at least {SETTINGS.quality_gates.accuracy:g}.",
     "auc": f"ROC AUC of at least {SETTINGS.quality_gates.auc:g}.",
@@ -43,7 +40,7 @@ def evaluation_report(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
     trained_model: ModelRecord,
-) -> dg.MaterializeResult[EvaluationRecord]:
+):
     """The judgement of a version: figures beside baselines, latency as served, a gate each.
 
     Figures are of the ONNX graph, the one that would be served; latency is measured over HTTP on
@@ -62,9 +59,8 @@ def evaluation_report(
         threshold=SETTINGS.training.decision_threshold,
         seed=SETTINGS.seed,
     )
-    release_dir = project.home.releases / f"{trained_model.name}-{trained_model.version}"
     release = build_release(
-        release_dir,
+        project.home.releases,
         onnx=onnx,
         model_name=trained_model.name,
         model_version=trained_model.version,
@@ -76,16 +72,15 @@ def evaluation_report(
         data_hash=data.data_hash,
         created_at=project.now(),
     )
-    latency = asdict(measure_release(SERVICE, release_dir, judged.requests))
-    metrics = judged.evaluation.figures() | {key: float(v) for key, v in latency.items()}
+    latency = measure_release(release.directory, judged.requests, scratch=project.home.root)
+    metrics = judged.evaluation.figures() | latency.figures()
     gates = judge_gates(SETTINGS.quality_gates, metrics)
     record = EvaluationRecord(
         model=trained_model,
         metrics=metrics,
         gates=tuple(msgspec.convert(gate.to_dict(), GateRecord) for gate in gates),
-        release_dir=str(release_dir),
-        release_id=release.release_id,
-        example=Example(judged.requests[0], judged.first_probability),
+        release_dir=str(release.directory),
+        release_id=release.manifest.release_id,
     )
     with tempfile.TemporaryDirectory() as folder:
         log_evaluation(project.mlflow_client(), record, judged.plots, Path(folder))
@@ -96,7 +91,7 @@ def evaluation_report(
             "version": trained_model.version,
             "gates": gates_table(record.gates),
             "figures": scores_table(judged.evaluation),
-            "latency": latency,
+            "latency": latency.figures(),
             **{name: plot(png, name) for name, png in judged.plots.items()},
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(trained_model.mlflow_run)),
         },

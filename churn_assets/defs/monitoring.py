@@ -9,6 +9,7 @@ from churn_assets.defs.metadata import drift_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.lifecycle.records import DriftRecord, TrainingSetRecord
+from churn_assets.modeling.training import rows_of
 from churn_assets.monitoring.drift import drift_report as judge_drift
 from churn_assets.monitoring.evidently_report import evidently_report
 
@@ -35,7 +36,7 @@ def drift_report(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
     training_set: TrainingSetRecord,
-) -> dg.MaterializeResult[DriftRecord]:
+):
     """Each feature of the last seven days against the training rows: KS statistic and severity.
 
     Judged by the statistic, never by the p-value. Evidently's page shows the distributions.
@@ -43,9 +44,8 @@ def drift_report(
     last = project.lake.days("customer_features")[-1]
     first = last - timedelta(days=CURRENT_DAYS - 1)
     current = project.lake.read("customer_features", first, last, strict=False)
-    reference = restore_training_set(project.lake, training_set.data_hash).rows_of(
-        training_set.train
-    )
+    trained_on = restore_training_set(project.lake, training_set.data_hash).table.to_pandas()
+    reference = rows_of(trained_on, training_set.train)
     report = judge_drift(reference, current, training_set.features, SETTINGS.drift)
     path = project.home.reports / "drift" / f"{last}.html"
     evidently_report(report, reference, current, path, seed=SETTINGS.seed)
@@ -66,7 +66,7 @@ def drift_report(
             "features": drift_table(report),
             "evidently": dg.MetadataValue.url(project.report_url(path)),
             "page": dg.MetadataValue.path(str(path)),
-            "reference_rows": reference.num_rows,
+            "reference_rows": len(reference),
             "current_rows": current.num_rows,
         },
         check_results=[

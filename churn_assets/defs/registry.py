@@ -13,7 +13,7 @@ def registered_model(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
     evaluation_report: EvaluationRecord,
-) -> dg.MaterializeResult[RegisteredModel]:
+):
     """The version the gates let into Staging. A refused version stays in None, with the reasons."""
     if not evaluation_report.passed:
         refused = "; ".join(g.reason for g in evaluation_report.gates if not g.passed)
@@ -35,7 +35,6 @@ def registered_model(
         stage=step.target,
         release_dir=evaluation_report.release_dir,
         release_id=evaluation_report.release_id,
-        example=evaluation_report.example,
     )
     return dg.MaterializeResult(
         value=record,

@@ -166,8 +166,12 @@ class RecordIOManager(dg.IOManager):
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The upstream asset's record, as the type the parameter is annotated with."""
-        record = read_record(self._folder, context.asset_key.path[-1], context.run_id)
+        record = read_record(self._folder, context.asset_key.path[-1], _run_of(context))
         return msgspec.json.decode(record, type=context.dagster_type.typing_type)
+
+
+def _run_of(context: dg.InputContext) -> str | None:
+    return context.step_context.run_id
 
 
 def read_record(folder: Path, asset: str, run_id: str | None = None) -> bytes:

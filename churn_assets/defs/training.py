@@ -1,7 +1,10 @@
 """Training: an exact training set, then the model that does best on the validation cutoff."""
 
+from typing import Any
+
 import dagster as dg
 import msgspec
+import pyarrow.compute as pc
 
 from churn_assets.data.gate import judge_data
 from churn_assets.data.training_set import assemble_training_set, restore_training_set
@@ -31,7 +34,6 @@ def split_of(record: TrainingSetRecord) -> Split:
     owners=OWNERS,
     deps=["customer_features", "churn_labels"],
     metadata={"dagster/column_schema": training_schema(FEATURES)},
-    required_resource_keys={"mlflow"},
     check_specs=[
         dg.AssetCheckSpec(
             "data_gate",
@@ -51,8 +53,8 @@ def split_of(record: TrainingSetRecord) -> Split:
     ],
 )
 def training_set(
-    context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
-) -> dg.MaterializeResult[TrainingSetRecord]:
+    project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]
+):
     """The rows a model is trained, chosen and judged on: features and labels of exact partitions.
 
     The newest labelled cutoff judges, the one a horizon before it chooses, those before train. The
@@ -71,13 +73,13 @@ def training_set(
     record = TrainingSetRecord(
         data_hash=assembled.data_hash,
         rows=assembled.table.num_rows,
-        churn_rate=assembled.churn_rate,
+        churn_rate=pc.mean(assembled.table["churned"]).as_py(),
         features=tuple(names),
         train=split.train,
         validation=split.validation,
         test=split.test,
     )
-    log_training_set(context.resources.mlflow, record, msgspec.json.encode(assembled.manifest))
+    log_training_set(mlflow, record, msgspec.json.encode(assembled.manifest))
     gate = judge_data(assembled.table, FEATURES, SETTINGS.data_gate)
     return dg.MaterializeResult(
         value=record,
@@ -102,7 +104,6 @@ def training_set(
     group_name=GROUP,
     kinds={"scikitlearn", "onnx", "mlflow"},
     owners=OWNERS,
-    required_resource_keys={"mlflow"},
     check_specs=[
         dg.AssetCheckSpec(
             "onnx_parity",
@@ -115,8 +116,9 @@ def training_set(
 def trained_model(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
+    mlflow: dg.ResourceParam[Any],
     training_set: TrainingSetRecord,
-) -> dg.MaterializeResult[ModelRecord]:
+):
     """The best of three families on the validation cutoff, in scikit-learn and in ONNX.
 
     It enters the registry in stage None. Only the ONNX form is ever served, and only when it
@@ -136,7 +138,7 @@ def trained_model(
     held_out = feature_matrix(rows_of(frame, [split.test]), training_set.features)
     parity = check_parity(trained.estimator, onnx, held_out)
     record = log_trained_model(
-        context.resources.mlflow,
+        mlflow,
         project.mlflow_client(),
         trained,
         onnx,

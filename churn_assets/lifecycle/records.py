@@ -46,13 +46,6 @@ class GateRecord(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Example(msgspec.Struct, frozen=True):
-    """A held-out customer as a request, with the probability the judged model gave."""
-
-    request: dict[str, str | int | float]
-    probability: float
-
-
 class EvaluationRecord(msgspec.Struct, frozen=True):
     """The judgement of one version on the latest labelled window."""
 
@@ -61,7 +54,6 @@ class EvaluationRecord(msgspec.Struct, frozen=True):
     gates: tuple[GateRecord, ...]
     release_dir: str
     release_id: str
-    example: Example
 
     @property
     def passed(self) -> bool:
@@ -77,7 +69,6 @@ class RegisteredModel(msgspec.Struct, frozen=True):
     stage: str
     release_dir: str
     release_id: str
-    example: Example
 
 
 class BentoRecord(msgspec.Struct, frozen=True):

@@ -32,14 +32,13 @@ class Judged:
     """A model on the test cutoff.
 
     golden: (rows [n, features], P(churn) [n]) that a release carries to prove itself. requests:
-    bodies of real customers, to ask the service, the first of which has P(churn)
-    `first_probability`. reference: the training rows of each feature. plots: PNG by name.
+    bodies of real customers, to ask the service. reference: the training rows of each feature.
+    plots: PNG by name.
     """
 
     evaluation: Evaluation
     golden: tuple[np.ndarray, np.ndarray]
     requests: list[dict[str, str | int | float]]
-    first_probability: float
     reference: dict[str, np.ndarray]
     plots: dict[str, bytes]
 
@@ -95,7 +94,6 @@ def judge_held_out(
         evaluation=evaluation,
         golden=(x[golden].astype(np.float64), p[golden]),
         requests=_bodies(test.iloc[chosen[:REQUEST_ROWS]], features),
-        first_probability=float(p[chosen[0]]),
         reference={name: train[name].to_numpy(dtype=np.float64) for name in features},
         plots=figures,
     )

@@ -129,7 +129,8 @@ class RequestDecoder:
             return Refusal(422, field, f"is missing: give {self._expectations[field]}")
         if unknown := _UNKNOWN.match(reason):
             known = ", ".join(self._expectations)
-            return Refusal(422, unknown[1][:_MAX_ECHO], f"is not a field; the fields are {known}")
+            name = unknown[1][:_MAX_ECHO] or '""'
+            return Refusal(422, name, f"is not a field; the fields are {known}")
         if at_field := _AT_FIELD.match(reason):
             field = at_field["field"]
             got = _GOT.search(at_field["detail"])

@@ -1,0 +1,262 @@
+"""The bento: what is in it, that it is always the same one, and that it answers the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+from serving_cases import PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
+
+from churn_assets.contract.release import MODEL, Release, ReleaseError, read_release
+from churn_assets.errors import UserError
+from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.bento import (
+    Bento,
+    bento_of_tag,
+    build_bento,
+    newest_bento,
+    pinned_requirements,
+)
+from churn_assets.lifecycle.serving import ask, ask_bento, free_port, serve
+
+ALLOWED_FILES = re.compile(
+    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|"
+    r"release/(manifest\.json|model\.onnx|golden\.json)|churn_assets/(contract/)?\w+\.py)"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home") / "bentoml"
+
+
+@pytest.fixture(scope="module")
+def bento(release_of_three: Release, store: Path) -> Bento:
+    return build_bento(release_of_three.directory, store, project_root=PROJECT_ROOT)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_holds_the_service_the_contract_and_one_release(
+    bento: Bento, release_of_three: Release
+) -> None:
+    assert read_release(bento.path / "src" / "release").model == release_of_three.model
+    names = files_of(bento.path)
+    assert {"src/service.py", "src/churn_assets/contract/features.py"} <= names.keys()
+    assert [name for name in names if not ALLOWED_FILES.fullmatch(name)] == []
+
+
+def test_its_requirements_are_pinned_and_name_no_index(bento: Bento) -> None:
+    lines = (bento.path / "env" / "python" / "requirements.txt").read_text().split()
+    assert f"onnxruntime=={metadata.version('onnxruntime')}" in lines
+    assert f"bentoml=={metadata.version('bentoml')}" in lines
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[\w.!+]+", line)] == []
+    heavy = ("dagster", "mlflow", "pandas", "scikit-learn")
+    assert [line for line in lines if line.startswith(heavy)] == []
+
+
+def test_a_requirement_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UserError, match="no-such-thing is not installed"):
+        pinned_requirements(["no-such-thing"])
+
+
+def test_the_image_needs_no_build_tools(bento: Bento) -> None:
+    dockerfile = (bento.path / "env" / "docker" / "Dockerfile").read_text()
+    assert "FROM python:3.11-slim" in dockerfile
+    assert "apt-get" not in dockerfile
+    assert "BENTOML_DO_NOT_TRACK" in dockerfile
+
+
+def test_building_twice_is_building_once(
+    bento: Bento, release_of_three: Release, store: Path
+) -> None:
+    before = (bento.path / "bento.yaml").stat()
+    again = build_bento(release_of_three.directory, store, project_root=PROJECT_ROOT)
+    assert again == bento
+    assert (bento.path / "bento.yaml").stat().st_ino == before.st_ino
+    assert newest_bento(store) == bento_of_tag(bento.tag, store) == bento
+    assert bento_of_tag("churn:latest", store) == bento
+    assert [path.name for path in (store / "tmp").iterdir()] == []
+
+
+def test_a_damaged_bento_is_built_anew_and_other_code_is_another_bento(
+    bento: Bento, release_of_three: Release, store: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(store, tmp_path / "store")
+    damaged = own / "bentos" / "churn" / bento.path.name
+    (damaged / "src" / "release" / MODEL).write_bytes(b"half")
+    project = tmp_path / "project"
+    shutil.copytree(SERVICE, project / "bentos" / "churn")
+    shutil.copytree(PROJECT_ROOT / "churn_assets" / "contract", project / "churn_assets/contract")
+    shutil.copy(PROJECT_ROOT / "churn_assets" / "__init__.py", project / "churn_assets")
+    rebuilt = build_bento(release_of_three.directory, own, project_root=project)
+    assert rebuilt.tag == bento.tag
+    assert files_of(rebuilt.path / "src") == files_of(bento.path / "src")
+
+    with (project / "bentos" / "churn" / "service.py").open("a") as service:
+        service.write("raise RuntimeError('broken on purpose')\n")
+    with pytest.raises(UserError, match="broken on purpose") as failed:
+        build_bento(release_of_three.directory, own, project_root=project)
+    assert "\n" not in str(failed.value)
+    assert bento.tag not in str(failed.value)
+    assert newest_bento(own) == rebuilt
+    assert not list((own / "tmp").iterdir())
+
+
+def test_a_release_that_is_not_one_is_not_built(copy: Path, store: Path) -> None:
+    (copy / MODEL).write_bytes(b"other")
+    with pytest.raises(ReleaseError, match=r"model\.onnx was changed"):
+        build_bento(copy, store, project_root=PROJECT_ROOT)
+
+
+def test_a_project_without_the_service_is_named(
+    release: Release, store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="is it the project"):
+        build_bento(release.directory, store, project_root=tmp_path)
+
+
+def test_a_build_writes_nothing_outside_the_store(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("home", "temporary", "config"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "home" / "bentoml"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    build_bento(release.directory, tmp_path / "store", project_root=PROJECT_ROOT)
+    assert [p for n in ("home", "temporary", "config") for p in (tmp_path / n).rglob("*")] == []
+
+
+def test_an_unknown_tag_is_named(store: Path, bento: Bento, tmp_path: Path) -> None:
+    for tag in ("churn:v0-000", "churn", "other:latest", f"other:{bento.path.name}", "churn:../x"):
+        with pytest.raises(UserError, match=re.escape(f"there is no bento {tag}")):
+            bento_of_tag(tag, store)
+    assert newest_bento(tmp_path) is None
+    with pytest.raises(UserError, match="there is no bento churn:latest"):
+        bento_of_tag("churn:latest", tmp_path)
+    with pytest.raises(UserError, match="no service directory"), serve("churn:latest"):
+        pass
+
+
+def test_a_bento_served_from_its_tag_answers_as_its_source_does(
+    bento: Bento, store: Path, release_of_three: Release, service: ModuleType
+) -> None:
+    source = service.Served(read_release(release_of_three.directory))
+    good = json.dumps({name: VALID[name] for name in ("customer_id", *THREE)}).encode()
+    with serve(bento.tag, bentoml_home=store) as url:
+        answer = ask(url, good)
+        refused = [ask(url, changed(total_orders_30d="3")), ask(url, json.dumps(VALID).encode())]
+        health = json.loads(_get(url, "/health"))
+    assert (answer.status, answer.content) == (200, msgspec.json.encode(source.predict(good)))
+    assert answer.json()["model_version"] == "3-features"
+    assert [r.status for r in refused] == [422, 422]
+    assert [r.json()["error"]["field"] for r in refused] == [
+        "total_orders_30d",
+        "support_tickets_90d",
+    ]
+    assert health["bento"] == bento.tag
+    assert health["release_id"] == release_of_three.manifest.release_id
+    assert health["features"] == list(THREE)
+
+
+def _get(url: str, path: str) -> bytes:
+    import urllib.request
+
+    with urllib.request.urlopen(url + path, timeout=20) as response:
+        return response.read()
+
+
+def test_a_bento_is_asked_for_a_prediction_whose_answer_is_known(
+    bento: Bento, store: Path, release_of_three: Release
+) -> None:
+    proof = ask_bento(bento, store)
+    assert proof.as_expected, proof.reason
+    assert proof.release_id == release_of_three.manifest.release_id
+    assert list(proof.request) == ["customer_id", *THREE]
+    assert proof.response["customer_id"] == proof.request["customer_id"]
+    expected = release_of_three.golden.probabilities[0]
+    assert proof.response["churn_probability"] == pytest.approx(expected, abs=6e-5)
+    assert proof.latency_ms > 0
+
+
+FOREGROUND = """
+import sys
+from pathlib import Path
+from churn_assets.home import Home
+from churn_assets.lifecycle.serving import serve_newest
+serve_newest(Home(Path(sys.argv[1])), int(sys.argv[2]))
+"""
+
+
+def test_the_newest_bento_is_waited_for_served_and_stopped(
+    bento: Bento, store: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    foreground = subprocess.Popen(
+        [sys.executable, "-c", FOREGROUND, str(tmp_path), str(port)],
+        cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert foreground.stdout
+    with foreground, foreground.stdout:
+        assert "no bento yet" in foreground.stdout.readline()
+        shutil.copytree(store, tmp_path / "bentoml")
+        for line in foreground.stdout:
+            if f"{bento.tag} answers at http://127.0.0.1:{port}/predict" in line:
+                break
+        body = {name: VALID[name] for name in ("customer_id", *THREE)}
+        assert ask(f"http://127.0.0.1:{port}", body).status == 200
+        started = family(foreground.pid)
+        assert len(started) >= 2
+        foreground.terminate()
+        foreground.communicate(timeout=PATIENCE_S)
+    assert foreground.returncode == 128 + 15
+    assert wait_until_gone(started) == []
+
+
+LOAD = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import service
+from pathlib import Path
+served = service.Served(service.read_release(Path(sys.argv[2])))
+served.predict(sys.argv[3].encode())
+origins = {n: getattr(m, "__file__", None) for n, m in sys.modules.items()}
+print(json.dumps({n: f for n, f in origins.items() if not n.startswith("_")}))
+"""
+
+
+def test_the_service_imports_the_contract_and_nothing_else_of_the_project(bento: Bento) -> None:
+    source = bento.path / "src"
+    body = json.dumps({name: VALID[name] for name in ("customer_id", *THREE)})
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(source), str(source / "release"), body],
+        capture_output=True, text=True, env=environment, cwd=bento.path, check=True,
+    )  # fmt: skip
+    modules = json.loads(done.stdout)
+    ours = {name: path for name, path in modules.items() if name.split(".")[0] == "churn_assets"}
+    assert "churn_assets.contract.request" in ours
+    for name, path in ours.items():
+        assert name == "churn_assets" or name.startswith("churn_assets.contract"), name
+        assert Path(path).is_relative_to(source), f"{name} comes from outside of the bento: {path}"
+    heavy = {"dagster", "mlflow", "pandas", "sklearn", "skl2onnx", "onnx", "pyarrow", "duckdb",
+             "ibis", "evidently", "scipy", "matplotlib"}  # fmt: skip
+    assert {name.split(".")[0] for name in modules} & heavy == set()

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from churn_assets.errors import UserError
+from churn_assets.monitoring import evidently_report as evidently_module
 from churn_assets.monitoring.drift import (
     DriftPolicy,
-    DriftReport,
     drift_report,
     ks_statistic,
     severity_of,
@@ -256,12 +256,18 @@ def test_a_page_of_insufficient_rows_says_so(tmp_path: Path) -> None:
     assert page.drifted == ()
 
 
-def test_a_page_that_fails_leaves_nothing_behind(
+def test_a_page_cut_short_leaves_the_former_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class FullDisk:
+        def save_html(self, filename: str) -> None:
+            Path(filename).write_text("<html>half a pa")
+            raise OSError("no space left on device")
+
     path = tmp_path / "drift.html"
-    report = drift_report(REFERENCE, STABLE, NAMES)
-    broken = DriftReport("ok", "", report.features, report.policy)
-    with pytest.raises(AssertionError):
-        evidently_report(broken, REFERENCE.iloc[:, :1], STABLE, path)
-    assert list(tmp_path.iterdir()) == []
+    path.write_text("the former page")
+    monkeypatch.setattr(evidently_module, "_run", lambda *args: FullDisk())
+    with pytest.raises(OSError, match="no space"):
+        evidently_report(drift_report(REFERENCE, STABLE, NAMES), REFERENCE, STABLE, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["drift.html"]
+    assert path.read_text() == "the former page"

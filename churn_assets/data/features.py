@@ -14,10 +14,10 @@ days is seen by the partitions [e, e + w), and by none before the day it was ing
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ibis
 import ibis.expr.types as ir
@@ -30,7 +30,10 @@ from churn_assets.data.windows import Windows, cutoff_of, days_between, midnight
 from churn_assets.errors import UserError
 
 if TYPE_CHECKING:
-    from ibis.backends import BaseBackend
+    from ibis.backends.duckdb import Backend as DuckDBBackend
+
+# An Ibis integer expression: its stubs know no arithmetic on the result of a cast.
+Number = Any
 
 _BY_NAME = {feature.name: feature for feature in FEATURES}
 _MICROSECONDS_A_DAY = 86_400_000_000
@@ -76,7 +79,7 @@ def _totals(names: Collection[str]) -> tuple[_Total, ...]:
     return tuple(total for total in totals if total.table in tables)
 
 
-def _formulas(state: ir.Table, day_number: ir.IntegerColumn) -> dict[str, ir.Value]:
+def _formulas(state: ir.Table, day_number: Number) -> dict[str, Callable[[], ir.Value]]:
     """How each feature follows from the totals of a state at the cutoff of `day_number`."""
     return {
         "total_orders_30d": lambda: state.recent_orders.cast("int64"),
@@ -178,13 +181,13 @@ def _changes(
     }
     moment = events.occurred_at.delta(midnight(first), unit="microsecond")
 
-    def differences(at: ir.Value, sign: int, window_days: int | None) -> ir.Table:
+    def differences(at: Number, sign: int, window_days: int | None) -> ir.Table:
         columns = {}
         for total in totals:
             value = ibis.literal(0)
             if total in own and window_days in (None, total.window_days):
-                value = events[total.column] if total.column else ibis.literal(1)
-                value = ibis.ifelse(enters < leaves[total.window_days], value * sign, 0)
+                amount: Number = events[total.column] if total.column else 1
+                value = ibis.ifelse(enters < leaves[total.window_days], amount * sign, 0)
             columns[total.name] = value.cast(total.dtype)
         seen_until = leaves[window_days or max(leaves)]
         last_order = moment if table == "orders" and sign > 0 else ibis.null("int64")
@@ -195,7 +198,7 @@ def _changes(
     return [differences(enters, 1, None), *(differences(leaves[w], -1, w) for w in leaves)]
 
 
-def _cutoff_number(day_number: ir.IntegerValue, step_days: int) -> ir.IntegerValue:
+def _cutoff_number(day_number: Number, step_days: int) -> Number:
     """The first cutoff that is not before the partition `day_number` days after the first one."""
     if step_days > 1:
         day_number = (day_number + (step_days - 1)) // step_days
@@ -229,7 +232,7 @@ def look_back_days(table: str, windows: Windows) -> int:
 
 def scan_look_back(
     lake: Lake,
-    con: BaseBackend,
+    con: DuckDBBackend,
     tables: Collection[str],
     first: date,
     last: date,
@@ -275,3 +278,20 @@ def require_look_back(
             f"features of {first} would count over days before the data starts ({data_start}); "
             f"materialize customer_features from {earliest} on"
         )
+
+
+def read_events_around(
+    lake: Lake, tables: Collection[str], day: date, windows: Windows, *, data_start: date
+) -> dict[str, pa.Table]:
+    """The look-back of partition `day` and the day after its cutoff (where it is there), by table.
+
+    What checks.no_event_after_cutoff compares with. Raises UserError as `Lake.read` does.
+    """
+    events = {}
+    for table in tables:
+        if reach := look_back_days(table, windows):
+            after = day + timedelta(days=1)
+            last = day if lake.missing(table, after, after) else after
+            first = max(data_start, day - timedelta(days=reach - 1))
+            events[table] = lake.read(table, first, last)
+    return events

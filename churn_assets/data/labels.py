@@ -1,7 +1,8 @@
 """The labels: which customers of a cutoff's population placed no order within the horizon.
 
 A label is stored in the partition of the day it matures (data/windows.py), so that making label
-partition d needs features of d - horizon and orders of the horizon days up to d: it only looks back.
+partition d needs the features of d - horizon and the orders of the horizon days up to d: it only
+looks back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from churn_assets.data.windows import (
 )
 
 if TYPE_CHECKING:
-    from ibis.backends import BaseBackend
+    from ibis.backends.duckdb import Backend as DuckDBBackend
 
 
 def churn_labels(
@@ -82,7 +83,7 @@ def churn_labels(
 
 
 def scan_label_inputs(
-    lake: Lake, con: BaseBackend, first: date, last: date, windows: Windows
+    lake: Lake, con: DuckDBBackend, first: date, last: date, windows: Windows
 ) -> tuple[ir.Table, ir.Table]:
     """The orders and the features that label partitions first..last need, unread.
 

@@ -12,19 +12,19 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, cast
 
 import fsspec
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -35,9 +35,6 @@ from churn_assets.data.tables import RAW_TABLES
 from churn_assets.data.windows import days_between
 from churn_assets.errors import UserError
 
-if TYPE_CHECKING:
-    from ibis.backends import BaseBackend
-
 DAY = "day"
 _FILE = "part-0.parquet"
 _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$")
@@ -45,6 +42,7 @@ _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _MICROSECONDS_A_DAY = 86_400_000_000
 _BATCH_ROWS = 1_000_000
+_SORT_KEY = "\0day"
 
 
 @dataclass(frozen=True)
@@ -106,20 +104,22 @@ class Lake:
 
     def scan(
         self,
-        con: BaseBackend,
+        con: DuckDBBackend,
         table: str,
         first: date | None = None,
         last: date | None = None,
         *,
+        days: Sequence[date] | None = None,
         strict: bool = True,
     ) -> ir.Table:
         """The rows of [first, last] (all there are, without bounds) with their `day`, unread.
 
-        Only the files of those days are opened. `con` is an Ibis DuckDB connection.
+        Only the files of those days are opened, or of `days` when given instead. `con` is an Ibis
+        DuckDB connection.
         Raises UserError when `strict` and a day of [first, last] is missing, or when nothing is
         there and the schema is unknown.
         """
-        days = self._wanted(table, first, last, strict=strict)
+        days = self._wanted(table, first, last, days, strict=strict)
         if days:
             paths = [self.path(table, day) for day in days]
             return con.read_parquet(paths, hive_partitioning=True)
@@ -134,6 +134,7 @@ class Lake:
         first: date | None = None,
         last: date | None = None,
         *,
+        days: Sequence[date] | None = None,
         columns: Sequence[str] | None = None,
         strict: bool = True,
     ) -> pa.Table:
@@ -141,7 +142,7 @@ class Lake:
 
         Raises UserError as `scan` does.
         """
-        days = self._wanted(table, first, last, strict=strict)
+        days = self._wanted(table, first, last, days, strict=strict)
         if days:
             return self._dataset(table, days).to_table(columns=list(columns) if columns else None)
         if table not in RAW_TABLES:
@@ -189,11 +190,7 @@ class Lake:
         wanted = days_between(first, last)
         if not wanted:
             raise ValueError(f"no days between {first} and {last}")
-        self._sweep(table)
-        workspace = f"{self.base}/{table}/.tmp-{socket.gethostname()}-{os.getpid()}-"
-        workspace += uuid.uuid4().hex
-        self.filesystem.makedirs(workspace, exist_ok=True)
-        try:
+        with self._workspace(table) as workspace:
             schema, parts = _by_day(rows, day_of, order_by)
             counts = dict.fromkeys(wanted, 0)
             for day, count in self._write_files(workspace, parts):
@@ -208,9 +205,42 @@ class Lake:
                 target = self.path(table, day)
                 self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self._rename(f"{workspace}/{day.isoformat()}.tmp", target)
+        return counts
+
+    def put(self, folder: str, name: str, content: pa.Table | bytes) -> str:
+        """Store `<root>/<folder>/<name>` beside the tables, whole or not at all; its path.
+
+        A table becomes parquet. A file of that name is replaced.
+        """
+        target = f"{self.base}/{folder}/{name}"
+        with self._workspace(folder) as workspace:
+            temporary = f"{workspace}/{name}.tmp"
+            if isinstance(content, bytes):
+                self.filesystem.pipe_file(temporary, content)
+            else:
+                pq.write_table(content, temporary, filesystem=self.filesystem, compression="zstd")
+            self._rename(temporary, target)
+        return target
+
+    def get_bytes(self, folder: str, name: str) -> bytes:
+        """One file that `put` stored. Raises FileNotFoundError."""
+        return self.filesystem.cat_file(f"{self.base}/{folder}/{name}")
+
+    def get_table(self, folder: str, name: str) -> pa.Table:
+        """One table that `put` stored. Raises FileNotFoundError, or ArrowInvalid when damaged."""
+        return pq.read_table(f"{self.base}/{folder}/{name}", filesystem=self.filesystem)
+
+    @contextmanager
+    def _workspace(self, folder: str) -> Generator[str]:
+        """A folder for temporaries inside `folder`; first sweeps away those of killed runs."""
+        self._sweep(folder)
+        name = f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        workspace = f"{self.base}/{folder}/{name}"
+        self.filesystem.makedirs(workspace, exist_ok=True)
+        try:
+            yield workspace
         finally:
             self.filesystem.rm(workspace, recursive=True)
-        return counts
 
     def _rename(self, source: str, target: str) -> None:
         if isinstance(self.filesystem, LocalFileSystem):
@@ -271,16 +301,23 @@ class Lake:
         ]
 
     def _wanted(
-        self, table: str, first: date | None, last: date | None, *, strict: bool
+        self,
+        table: str,
+        first: date | None,
+        last: date | None,
+        days: Sequence[date] | None,
+        *,
+        strict: bool,
     ) -> list[date]:
-        days = self._existing(table, first, last)
+        if days:
+            first, last = min(days), max(days)
+        present = self._existing(table, first, last)
+        if strict and not present and (first is None or last is None):
+            raise _nothing_there(table)
+        wanted = sorted(set(days or days_between(first or present[0], last or present[-1])))
         if strict:
-            if not days and (first is None or last is None):
-                raise _nothing_there(table)
-            present = set(days)
-            wanted = days_between(first or days[0], last or days[-1])
-            _refuse_missing(table, [day for day in wanted if day not in present])
-        return days
+            _refuse_missing(table, sorted(set(wanted) - set(present)))
+        return sorted(set(wanted) & set(present))
 
     def _require(self, table: str, days: Sequence[date]) -> None:
         if days:
@@ -299,10 +336,8 @@ def _by_day(
     else:
         if order_by or not _is_sorted(_day_numbers(rows[day_of])):
             days = pa.array(_day_numbers(rows[day_of]))
-            keys: list[tuple[str, Literal["ascending", "descending"]]]
-            keys = [("\0day", "ascending"), *((name, "ascending") for name in order_by)]
-            indices = pc.sort_indices(rows.append_column("\0day", days), sort_keys=keys)
-            rows = rows.take(indices)
+            keys = [(name, "ascending") for name in (_SORT_KEY, *order_by)]
+            rows = rows.append_column(_SORT_KEY, days).sort_by(keys).drop_columns(_SORT_KEY)
         schema = rows.schema
         batches = rows.to_batches()
     drop = day_of == DAY

@@ -53,7 +53,7 @@ class Model:
 
 def train(features: tuple[str, ...], seed: int) -> Model:
     from skl2onnx import to_onnx
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.ensemble import RandomForestClassifier
 
     rng = np.random.default_rng(seed)
     x = np.column_stack(
@@ -66,7 +66,7 @@ def train(features: tuple[str, ...], seed: int) -> Model:
         ]
     )[:, : len(features)].astype(np.float32)
     y = x[:, 2] - x[:, 0] + rng.normal(0, 15, 2000) > 30
-    estimator = HistGradientBoostingClassifier(max_iter=30, random_state=seed).fit(x, y)
+    estimator = RandomForestClassifier(30, max_depth=6, random_state=seed).fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         onnx = to_onnx(estimator, x[:1], options={"zipmap": False}).SerializeToString()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,6 @@ from serving_cases import (
     family,
     release_of,
     rewrite_manifest,
-    train,
     wait_until_gone,
 )
 
@@ -86,54 +86,68 @@ def test_the_service_ends_with_the_process_that_started_it(
         ask(url, VALID)
 
 
-def tampered(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    directory = Path(shutil.copytree(release.directory, tmp_path / "tampered"))
-    (directory / MODEL).write_bytes((directory / MODEL).read_bytes() + b"\0")
+@dataclass(frozen=True)
+class Parts:
+    """What a test makes a bad release of."""
+
+    good: Release
+    model: Model
+    narrow: Model
+    folder: Path
+
+
+@pytest.fixture
+def parts(release: Release, model: Model, model_of_three: Model, tmp_path: Path) -> Parts:
+    return Parts(release, model, model_of_three, tmp_path)
+
+
+def tampered(parts: Parts) -> tuple[Path, str]:
+    directory = Path(shutil.copytree(parts.good.directory, parts.folder / "tampered"))
+    (directory / MODEL).write_bytes(parts.model.onnx + b"\0")
     return directory, "model.onnx was changed"
 
 
-def absent(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    return tmp_path / "absent", "there is no release directory"
+def absent(parts: Parts) -> tuple[Path, str]:
+    return parts.folder / "absent", "there is no release directory"
 
 
-def forged(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    directory = Path(shutil.copytree(release.directory, tmp_path / "forged"))
+def forged(parts: Parts) -> tuple[Path, str]:
+    directory = Path(shutil.copytree(parts.good.directory, parts.folder / "forged"))
     rewrite_manifest(directory, model_version="8")
     return directory, "manifest.json was changed"
 
 
-def another_model(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    golden = (model.x[:40], 1 - model.predict(model.x[:40]))
-    made = release_of(model, tmp_path, golden=golden)
+def another_model(parts: Parts) -> tuple[Path, str]:
+    x = parts.model.x[:40]
+    made = release_of(parts.model, parts.folder, golden=(x, 1 - parts.model.predict(x)))
     return made.directory, "does not compute what it was released with"
 
 
-def not_a_model(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    return release_of(model, tmp_path, onnx=b"junk").directory, "model.onnx cannot be loaded"
+def not_a_model(parts: Parts) -> tuple[Path, str]:
+    made = release_of(parts.model, parts.folder, onnx=b"junk")
+    return made.directory, "model.onnx cannot be loaded"
 
 
-def too_narrow(release: Release, tmp_path: Path, model: Model) -> tuple[Path, str]:
-    narrow = train(model.features[:4], seed=3)
-    return release_of(model, tmp_path, onnx=narrow.onnx).directory, "the release has 5 features"
+def too_narrow(parts: Parts) -> tuple[Path, str]:
+    made = release_of(parts.model, parts.folder, onnx=parts.narrow.onnx)
+    return made.directory, "the release has 5 features"
 
 
 BAD_RELEASES = [tampered, absent, forged, another_model, not_a_model, too_narrow]
 
 
 @pytest.mark.parametrize("bad", BAD_RELEASES, ids=lambda bad: bad.__name__)
-def test_a_bad_release_is_refused_by_the_service(
-    service: ModuleType, release: Release, tmp_path: Path, model: Model, bad
-) -> None:
-    directory, reason = bad(release, tmp_path, model)
+def test_a_bad_release_is_refused_by_the_service(service: ModuleType, parts: Parts, bad) -> None:
+    directory, reason = bad(parts)
     with pytest.raises(ReleaseError, match=reason):
         service.Served(read_release(directory))
 
 
 @pytest.mark.parametrize("bad", [tampered, another_model], ids=lambda bad: bad.__name__)
 def test_a_service_with_a_bad_release_does_not_start_and_says_why_in_one_line(
-    release: Release, tmp_path: Path, model: Model, bad
+    parts: Parts, bad
 ) -> None:
-    directory, reason = bad(release, tmp_path, model)
+    directory, reason = bad(parts)
     with pytest.raises(UserError, match=reason) as refused, serve(SERVICE, directory):
         pass
     assert "refused to start" in str(refused.value)

@@ -23,7 +23,9 @@ class Home:
     @classmethod
     def from_environment(cls) -> Home:
         """CHURN_HOME, or `var` beside the project."""
-        return cls(Path(os.environ.get("CHURN_HOME") or PROJECT_ROOT / "var").expanduser().resolve())
+        return cls(
+            Path(os.environ.get("CHURN_HOME") or PROJECT_ROOT / "var").expanduser().resolve()
+        )
 
     @property
     def dagster(self) -> Path:

@@ -12,14 +12,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from churn_assets.contract.features import Feature
-from churn_assets.data.features import customer_features, require_look_back, scan_look_back
-from churn_assets.data.labels import churn_labels
+from churn_assets.data.checks import CheckResult, no_event_after_cutoff
+from churn_assets.data.features import (
+    customer_features,
+    look_back_days,
+    require_look_back,
+    scan_look_back,
+)
+from churn_assets.data.gate import GatePolicy, judge_nulls, judge_schema
+from churn_assets.data.labels import churn_labels, label_window_complete, scan_label_inputs
 from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.quarantine import store_quarantine
+from churn_assets.data.schema import features_schema
 from churn_assets.data.sources import Source
 from churn_assets.data.tables import RAW_TABLES
 from churn_assets.data.validation import validate_events, validate_features
-from churn_assets.data.windows import Windows, labelled_partition
+from churn_assets.data.windows import Windows, cutoff_of, days_between
 
 if TYPE_CHECKING:
     from ibis.backends import BaseBackend
@@ -105,14 +113,48 @@ def refresh_labels(
 
     Raises UserError when a feature partition or a day of a label window is missing.
     """
-    horizon = windows.horizon_days
-    population_first = labelled_partition(first, horizon)
-    population_last = labelled_partition(last, horizon)
-    population = lake.scan(con, "customer_features", population_first, population_last)
-    orders = lake.scan(con, "orders", population_first + timedelta(days=1), last)
+    orders, population = scan_label_inputs(lake, con, first, last, windows)
     labels = churn_labels(orders, population, first, last, windows)
     rows = lake.write("churn_labels", first, last, labels, day_of=DAY, order_by=["customer_id"])
     return Refreshed(rows, sum(rows.values()), 0, {}, lake.read("churn_labels", last, last))
+
+
+def check_feature_schema(lake: Lake, features: Sequence[Feature], day: date) -> CheckResult:
+    """Whether the partition `day` of the features has its columns, types and ranges."""
+    return judge_schema(lake.read("customer_features", day, day), features_schema(features))
+
+
+def check_feature_nulls(lake: Lake, policy: GatePolicy, day: date) -> CheckResult:
+    """Whether no column of the partition `day` of the features has too many nulls."""
+    return judge_nulls(lake.read("customer_features", day, day), policy)
+
+
+def check_no_event_after_cutoff(
+    lake: Lake, tables: Sequence[str], day: date, windows: Windows, *, data_start: date
+) -> CheckResult:
+    """Recompute the features of the partition `day` from what happened before its cutoff alone.
+
+    Events of the two days after are handed over where there are any: only with them can a leak
+    show.
+    """
+    raw = {}
+    for table in tables:
+        reach = look_back_days(table, windows)
+        if reach:
+            first = max(data_start, day - timedelta(days=reach))
+            raw[table] = lake.read(table, first, day + timedelta(days=2), strict=False)
+    features = lake.read("customer_features", day, day)
+    return no_event_after_cutoff(features, raw, windows, cutoff=cutoff_of(day))
+
+
+def check_label_windows(lake: Lake, first: date, last: date, windows: Windows) -> CheckResult:
+    """Whether every day the labels of [first, last] look at was there; the first gap if not."""
+    present = lake.days("orders")
+    results = [
+        label_window_complete(present, day, windows.horizon_days)
+        for day in days_between(first, last)
+    ]
+    return next((result for result in results if not result.passed), results[-1])
 
 
 def chunks(first: date, last: date, days: int) -> list[tuple[date, date]]:

@@ -33,6 +33,7 @@ class RawTable:
 
     @property
     def schema(self) -> pa.Schema:
+        """The table's columns as Arrow's."""
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
 

@@ -23,7 +23,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Windows:
-    """The two windows that define the problem. Fixed before training; changing one changes the task.
+    """The two windows that define the problem. Fixed before training; another one is another task.
 
     activity_days: a customer is in the population of a cutoff with an order in the days before it.
     horizon_days: a customer of the population has churned with no order in the days after it.
@@ -69,7 +69,7 @@ def label_window(cutoff: datetime, horizon_days: int) -> Interval:
 
 
 def labelled_partition(label_day: date, horizon_days: int) -> date:
-    """The feature partition whose labels mature with, and are stored in, label partition `label_day`.
+    """The feature partition whose labels mature with, and are kept in, partition `label_day`.
 
     Label partition d holds the labels of cutoff d+1-horizon, which is the cutoff of
     feature partition d-horizon.

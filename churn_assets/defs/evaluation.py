@@ -1,4 +1,4 @@
-"""Evaluation: the chosen model judged once, on the newest labelled cutoff, as it would be served."""
+"""Evaluation: the chosen model judged once, on the newest labelled cutoff, as it is served."""
 
 import tempfile
 from pathlib import Path
@@ -47,7 +47,7 @@ def evaluation_report(
     the service started from the candidate's own release.
     """
     data = trained_model.training_set
-    frame = restore_training_set(project.lake, data.data_hash).table.to_pandas()
+    frame = restore_training_set(project.lake, data.data_hash).to_pandas()
     onnx = load_onnx(trained_model, project.home.mlflow_uri)
     judged = judge_held_out(
         frame,

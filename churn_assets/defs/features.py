@@ -1,12 +1,23 @@
 """Features and labels: what the model may see of a customer at a cutoff, and what came of it."""
 
+from datetime import date
+
 import dagster as dg
 
 from churn_assets.contract.features import features_for
+from churn_assets.data.checks import CheckResult
 from churn_assets.data.features import look_back_days
-from churn_assets.data.refresh import refresh_features, refresh_labels
+from churn_assets.data.refresh import (
+    check_feature_nulls,
+    check_feature_schema,
+    check_label_windows,
+    check_no_event_after_cutoff,
+    refresh_features,
+    refresh_labels,
+)
 from churn_assets.defs.metadata import (
     add_rows_per_day,
+    check_outcome,
     counts_table,
     feature_schema,
     label_schema,
@@ -35,6 +46,29 @@ LOOK_BACK = {table: look_back_days(table, SETTINGS.windows) for table in SETTING
         if days
     ],
     metadata={"dagster/column_schema": feature_schema(FEATURES)},
+    check_specs=[
+        dg.AssetCheckSpec(
+            "schema",
+            asset="customer_features",
+            blocking=True,
+            description="Columns, types and ranges are those of the feature contract.",
+        ),
+        dg.AssetCheckSpec(
+            "nulls",
+            asset="customer_features",
+            blocking=True,
+            description=f"At most {SETTINGS.data_gate.max_null_ratio:.0%} nulls in a column.",
+        ),
+        dg.AssetCheckSpec(
+            "no_event_after_cutoff",
+            asset="customer_features",
+            blocking=True,
+            description=(
+                "The newest partition, and the oldest of a backfill, follow from the events "
+                "before their cutoff alone: recomputed another way, customer by customer."
+            ),
+        ),
+    ],
 )
 def customer_features(
     context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
@@ -73,8 +107,30 @@ def customer_features(
             "rows": sum(done.rows.values()),
             "rows_quarantined": sum(done.quarantined.values()),
             "quarantined_by_reason": counts_table(done.quarantined, "reason"),
-        }
+        },
+        check_results=[
+            check_outcome(check_feature_schema(project.lake, FEATURES, last), name="schema"),
+            check_outcome(
+                check_feature_nulls(project.lake, SETTINGS.data_gate, last), name="nulls"
+            ),
+            check_outcome(_leakage(project, first, last), name="no_event_after_cutoff"),
+        ],
     )
+
+
+def _leakage(project: Project, first: date, last: date) -> CheckResult:
+    """The oldest partition has days after it, where a leak can show; the newest is the one used."""
+    for day in dict.fromkeys((first, last)):
+        result = check_no_event_after_cutoff(
+            project.lake,
+            SETTINGS.raw_tables,
+            day,
+            SETTINGS.windows,
+            data_start=SETTINGS.calendar.start,
+        )
+        if not result.passed:
+            break
+    return result
 
 
 @dg.asset(
@@ -88,6 +144,14 @@ def customer_features(
         dg.AssetDep("customer_features", partition_mapping=days_before(HORIZON)),
     ],
     metadata={"dagster/column_schema": label_schema()},
+    check_specs=[
+        dg.AssetCheckSpec(
+            "whole_window_there",
+            asset="churn_labels",
+            blocking=True,
+            description="Every day of the label window was in the lake; a gap looks like churn.",
+        )
+    ],
 )
 def churn_labels(
     context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
@@ -101,4 +165,8 @@ def churn_labels(
         done = refresh_labels(project.lake, con, first, last, SETTINGS.windows)
     add_rows_per_day(context, done.rows)
     context.add_asset_metadata({"sample": sample(done.sample)}, partition_key=last.isoformat())
-    return dg.MaterializeResult(metadata={"rows": sum(done.rows.values())})
+    whole = check_label_windows(project.lake, first, last, SETTINGS.windows)
+    return dg.MaterializeResult(
+        metadata={"rows": sum(done.rows.values())},
+        check_results=[check_outcome(whole, name="whole_window_there")],
+    )

@@ -93,7 +93,9 @@ def sample(rows: pa.Table) -> dg.TableMetadataValue:
     """The first few rows of a table."""
     head = rows.slice(0, SAMPLE_ROWS)
     records = [
-        dg.TableRecord({k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()})
+        dg.TableRecord(
+            {k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()}
+        )
         for r in head.to_pylist()
     ]
     schema = dg.TableSchema([dg.TableColumn(field.name, str(field.type)) for field in head.schema])
@@ -119,7 +121,9 @@ def add_rows_per_day(context: dg.AssetExecutionContext, rows: Mapping[date, int]
 
 def plot(png: bytes, title: str) -> dg.MarkdownMetadataValue:
     """A PNG as something the UI can show."""
-    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
+    return dg.MetadataValue.md(
+        f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})"
+    )
 
 
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
@@ -182,10 +186,7 @@ def scores_table(evaluation: Evaluation) -> dg.TableMetadataValue:
 def gates_table(gates: Sequence[GateRecord]) -> dg.TableMetadataValue:
     """A line each gate, with why."""
     return figures_table(
-        [
-            {"gate": g.name, "passed": "yes" if g.passed else "no", "why": g.reason}
-            for g in gates
-        ]
+        [{"gate": g.name, "passed": "yes" if g.passed else "no", "why": g.reason} for g in gates]
     )
 
 

@@ -44,7 +44,7 @@ def drift_report(
     last = project.lake.days("customer_features")[-1]
     first = last - timedelta(days=CURRENT_DAYS - 1)
     current = project.lake.read("customer_features", first, last, strict=False)
-    trained_on = restore_training_set(project.lake, training_set.data_hash).table.to_pandas()
+    trained_on = restore_training_set(project.lake, training_set.data_hash).to_pandas()
     reference = rows_of(trained_on, training_set.train)
     report = judge_drift(reference, current, training_set.features, SETTINGS.drift)
     path = project.home.reports / "drift" / f"{last}.html"

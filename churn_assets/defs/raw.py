@@ -26,9 +26,7 @@ def raw_asset(table: RawTable) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
     ) -> dg.MaterializeResult:
         first, last = partition_range(context)
-        done = refresh_raw(
-            project.lake, project.source, table.name, first, last, now=project.now()
-        )
+        done = refresh_raw(project.lake, project.source, table.name, first, last, now=project.now())
         add_rows_per_day(context, done.rows)
         context.add_asset_metadata({"sample": sample(done.sample)}, partition_key=last.isoformat())
         return dg.MaterializeResult(

@@ -18,9 +18,7 @@ ENDINGS: dict[dg.DagsterRunStatus, Ending] = {
 }
 
 
-@dg.asset_sensor(
-    asset_key=dg.AssetKey("registered_model"), job=jobs.build_bento, default_status=ON
-)
+@dg.asset_sensor(asset_key=dg.AssetKey("registered_model"), job=jobs.build_bento, default_status=ON)
 def bento_for_new_version(
     context: dg.SensorEvaluationContext,
     asset_event: dg.EventLogEntry,

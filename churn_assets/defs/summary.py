@@ -34,9 +34,7 @@ def collect(
     model, data = record.model, record.model.training_set
     metrics = record.metrics
     version = get_version(project.mlflow_client(), model.name, model.version)
-    drift = msgspec.json.decode(
-        read_record(project.home.records, "drift_report"), type=DriftRecord
-    )
+    drift = msgspec.json.decode(read_record(project.home.records, "drift_report"), type=DriftRecord)
     tables = project.settings.raw_tables
     quarantined = {
         table: count_reasons(read_quarantine(project.lake, table))

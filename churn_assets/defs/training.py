@@ -7,13 +7,17 @@ import msgspec
 import pyarrow.compute as pc
 
 from churn_assets.data.gate import judge_data
-from churn_assets.data.training_set import assemble_training_set, restore_training_set
+from churn_assets.data.training_set import (
+    assemble_training_set,
+    restore_training_set,
+    store_training_set,
+)
 from churn_assets.defs.features import FEATURES
 from churn_assets.defs.metadata import candidates_table, check_outcome, sample, training_schema
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.home import PROJECT_ROOT
-from churn_assets.lifecycle.records import ModelRecord, TrainingSetRecord
+from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
 from churn_assets.modeling.onnx_export import check_parity, export_onnx
 from churn_assets.modeling.split import Split, temporal_split
@@ -52,9 +56,7 @@ def split_of(record: TrainingSetRecord) -> Split:
         ),
     ],
 )
-def training_set(
-    project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]
-):
+def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]):
     """The rows a model is trained, chosen and judged on: features and labels of exact partitions.
 
     The newest labelled cutoff judges, the one a horizon before it chooses, those before train. The
@@ -67,9 +69,7 @@ def training_set(
     )
     names = [feature.name for feature in FEATURES]
     with project.engine() as con:
-        assembled = assemble_training_set(
-            project.lake, con, split.days, SETTINGS.windows, FEATURES
-        )
+        assembled = assemble_training_set(project.lake, con, split.days, SETTINGS.windows, FEATURES)
     record = TrainingSetRecord(
         data_hash=assembled.data_hash,
         rows=assembled.table.num_rows,
@@ -79,6 +79,7 @@ def training_set(
         validation=split.validation,
         test=split.test,
     )
+    store_training_set(project.lake, assembled)
     log_training_set(mlflow, record, msgspec.json.encode(assembled.manifest))
     gate = judge_data(assembled.table, FEATURES, SETTINGS.data_gate)
     return dg.MaterializeResult(
@@ -95,7 +96,7 @@ def training_set(
         },
         check_results=[
             check_outcome(gate, name="data_gate"),
-            check_outcome(assembled.check, name="no_row_lost"),
+            check_outcome(assembled.complete, name="no_row_lost"),
         ],
     )
 
@@ -125,7 +126,7 @@ def trained_model(
     answers as scikit-learn does.
     """
     split = split_of(training_set)
-    frame = restore_training_set(project.lake, training_set.data_hash).table.to_pandas()
+    frame = restore_training_set(project.lake, training_set.data_hash).to_pandas()
     trained = fit(
         frame,
         split,

@@ -110,7 +110,9 @@ def transition(
             f"version {version} of {name} is in {source} and may go to {allowed}, not to {target}"
         )
     if not who.strip() or not why.strip():
-        raise UserError(f"moving version {version} to {target} needs a name and a reason; give both")
+        raise UserError(
+            f"moving version {version} to {target} needs a name and a reason; give both"
+        )
     if not evidence:
         raise UserError(
             f"moving version {version} of {name} to {target} needs evidence; evaluate it first"

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from churn_assets.defs.event_log import BatchedSqliteEventLogStorage
 from dagster._core.instance import InstanceRef
+
+from churn_assets.defs.event_log import BatchedSqliteEventLogStorage
 
 DAYS = dg.DailyPartitionsDefinition("2024-01-01", end_date="2024-02-01")
 

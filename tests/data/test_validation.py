@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from churn_assets.contract.features import FEATURE_NAMES, FEATURES, features_for
@@ -230,28 +230,44 @@ def test_only_cutoffs_with_a_fault_are_looked_at_row_by_row(monkeypatch):
     assert looked_at == [2]
 
 
-NUMBERS = st.sampled_from([None, 0.0, -0.5, 9_999.0, 1e7, 1e8, float("nan"), float("-inf")])
-COUNTS = st.sampled_from([None, 0, -1, 365, 366, 10_000, 10_001])
-IDS = st.sampled_from(["a", "b", "", None, "x" * 128, "x" * 129, "é" * 65])
+# Values of a column on this side of its limits and on the other.
+SOUND = {
+    "customer_id": ["x" * 128, "é" * 64],
+    "total_orders_30d": [0, 10_000],
+    "avg_order_value": [0.0, 1e7],
+    "days_since_last_order": [0, 365],
+}
+FAULTY = {
+    "customer_id": ["", None, "x" * 129, "é" * 64 + "x"],
+    "total_orders_30d": [None, -1, 10_001],
+    "avg_order_value": [None, -1e-9, 1e7 + 1e-3, float("nan"), float("inf"), float("-inf")],
+    "days_since_last_order": [None, -1, 366],
+}
+CELLS = [(name, value) for name in SOUND for value in (*SOUND[name], *FAULTY[name])]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.lists(st.tuples(IDS, COUNTS, NUMBERS, COUNTS, COUNTS, NUMBERS), min_size=1, max_size=6)
-)
-def test_pandera_and_the_vectorised_pass_agree(rows):
-    ids, *values = zip(*rows, strict=True)
-    names = list(FEATURE_NAMES)
-    table = features(len(rows), customer_id=ids, **dict(zip(names, values, strict=True)))
-    checked = validate_features(table, names)
-    schema = features_schema(FEATURES)
-    expected = set()
-    for fault in validation._field_faults(table, schema):
-        expected |= set(np.flatnonzero(fault.rows).tolist())
-    sound = [n for n in range(len(rows)) if n not in expected]
-    kept = list(dict.fromkeys(ids[n] for n in sound))
-    assert checked.valid["customer_id"].to_pylist() == kept
-    pandera_schema(schema).validate(checked.valid.to_pandas(types_mapper=_nullable), lazy=True)
+@settings(max_examples=30, deadline=None)
+@given(cells=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(CELLS)), max_size=3))
+@example(cells=[(1, ("avg_order_value", float("nan")))])
+@example(cells=[(1, ("avg_order_value", -1e-9))])
+@example(cells=[(1, ("customer_id", "é" * 64 + "x"))])
+def test_exactly_the_rows_with_a_value_beyond_its_limits_are_refused(cells):
+    columns = features(4).to_pydict()
+    for row, (name, value) in cells:
+        columns[name][row] = value
+    table = features(4, **columns)
+    seen, kept = set(), []
+    for row in range(4):
+        values = {name: columns[name][row] for name in FAULTY}
+        sound = not any(repr(v) in map(repr, FAULTY[n]) for n, v in values.items())
+        if sound and values["customer_id"] not in seen:
+            seen.add(values["customer_id"])
+            kept.append(row)
+    checked = validate_features(table, FEATURE_NAMES)
+    assert checked.valid.equals(table.take(kept))
+    assert checked.quarantined.num_rows == 4 - len(kept)
+    frame = checked.valid.to_pandas(types_mapper=_nullable)
+    pandera_schema(features_schema(FEATURES)).validate(frame, lazy=True)
 
 
 def _nullable(kind: pa.DataType):

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import (
     DAGSTER_RUN_TAG,
@@ -22,7 +24,6 @@ from churn_assets.lifecycle.registry import (
     stage_of,
     transition,
 )
-from mlflow import MlflowClient
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 NAME = "churn"

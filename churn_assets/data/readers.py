@@ -45,9 +45,7 @@ def find_files(pattern: str) -> list[Path]:
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files = [file for file in found if file.is_file()]
     if not files:
-        raise UserError(
-            f"there is no file {path}; check the path (a relative one starts at the configuration)"
-        )
+        raise UserError(f"there is no file {path}; check the path")
     return files
 
 

@@ -371,7 +371,7 @@ def _stop(process: subprocess.Popen, family: set[psutil.Process]) -> None:
         family |= _descendants(process.pid)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                pass
+                member.kill()
         if process.poll() is None:
             process.kill()
         process.wait()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from churn_assets.errors import UserError
 from churn_assets.home import Home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,17 +84,45 @@ def schema(table: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write it here, as parquet.")
 def training_set(model_version: str | None, data_hash: str | None, out: Path | None) -> None:
     """Bring a training set back and check its hash."""
-    from churn_assets.lifecycle.lineage import restore
+    if (model_version is None) == (data_hash is None):
+        raise UserError("name the training set by --model-version or by --hash, one of them")
+    from churn_assets.data.lake import Lake
+    from churn_assets.lifecycle import lineage
 
-    restore(Home.from_environment(), model_version, data_hash, out)
+    home = Home.from_environment()
+    if model_version is not None:
+        client, name = _registry(home)
+        data_hash = lineage.data_hash_of(client, name, model_version)
+    assert data_hash is not None
+    restored = lineage.restore(Lake(str(home.lake)), data_hash, out)
+    click.echo(f"{restored.rows:,} rows, hash {restored.data_hash} checked")
+    for part in restored.changed:
+        click.echo(f"  changed in the lake since: {part.table} {part.day}")
+    if out is not None:
+        click.echo(f"written to {out}")
 
 
 @cli.command()
 def versions() -> None:
-    """List the registered versions with their stages."""
-    from churn_assets.lifecycle.lineage import list_versions
+    """List the registered versions, newest first."""
+    from churn_assets.lifecycle import lineage
 
-    list_versions(Home.from_environment())
+    client, name = _registry(Home.from_environment())
+    for line in lineage.versions(client, name):
+        click.echo(
+            f"{line.version:>4}  {line.stage:10}  gates {line.gates:8}  {line.family:22}  "
+            f"{line.registered_at:%Y-%m-%d %H:%M}  data {line.data_hash[:12]}  "
+            f"run {line.mlflow_run}"
+        )
+
+
+def _registry(home: Home) -> tuple[MlflowClient, str]:
+    from mlflow import MlflowClient
+
+    from churn_assets.settings import load_settings
+
+    home.prepare()
+    return MlflowClient(home.mlflow_uri), load_settings().model_name
 
 
 @cli.command()

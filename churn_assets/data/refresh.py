@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from churn_assets.data.features import (
     require_look_back,
     scan_look_back,
 )
-from churn_assets.data.gate import GatePolicy, judge_nulls, judge_schema
+from churn_assets.data.gate import judge_schema
 from churn_assets.data.labels import churn_labels, label_window_complete, scan_label_inputs
 from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.quarantine import store_quarantine
@@ -30,7 +30,7 @@ from churn_assets.data.validation import validate_events, validate_features
 from churn_assets.data.windows import Windows, cutoff_of, days_between
 
 if TYPE_CHECKING:
-    from ibis.backends import BaseBackend
+    from ibis.backends.duckdb import Backend as DuckDBBackend
 
 # A year of features of a mid-sized shop is some hundred megabytes in memory.
 CHUNK_DAYS = 366
@@ -42,6 +42,7 @@ class Refreshed:
 
     rows: rows per day now in the lake. rows_read: rows of the source looked at. filtered: rows not
     wanted. quarantined: unusable rows by reason. sample: a few rows of the last day.
+    null_ratios: share of nulls by column, before anything went to quarantine.
     """
 
     rows: dict[date, int]
@@ -49,6 +50,7 @@ class Refreshed:
     filtered: int
     quarantined: Mapping[str, int]
     sample: pa.Table
+    null_ratios: dict[str, float] = field(default_factory=dict)
 
 
 def refresh_raw(
@@ -73,7 +75,7 @@ def refresh_raw(
 
 def refresh_features(
     lake: Lake,
-    con: BaseBackend,
+    con: DuckDBBackend,
     features: Sequence[Feature],
     tables: Sequence[str],
     first: date,
@@ -90,6 +92,7 @@ def refresh_features(
     names = [feature.name for feature in features]
     rows: dict[date, int] = {}
     reasons: Counter[str] = Counter()
+    nulls: Counter[str] = Counter()
     read, sample = 0, None
     for start, end in chunks(first, last, CHUNK_DAYS):
         scans = scan_look_back(lake, con, tables, start, end, windows, data_start=data_start)
@@ -100,14 +103,16 @@ def refresh_features(
             "customer_features", start, end, checked.valid, day_of=DAY, order_by=["customer_id"]
         )
         read += computed.num_rows
+        nulls.update({name: computed[name].null_count for name in names})
         reasons.update(count_reasons(checked.quarantined))
         sample = _newest(checked.valid)
     assert sample is not None, "a range has at least one day"
-    return Refreshed(rows, read, 0, dict(reasons), sample)
+    ratios = {name: nulls[name] / read if read else 0.0 for name in names}
+    return Refreshed(rows, read, 0, dict(reasons), sample, ratios)
 
 
 def refresh_labels(
-    lake: Lake, con: BaseBackend, first: date, last: date, windows: Windows
+    lake: Lake, con: DuckDBBackend, first: date, last: date, windows: Windows
 ) -> Refreshed:
     """Compute the labels that mature with the days [first, last].
 
@@ -122,11 +127,6 @@ def refresh_labels(
 def check_feature_schema(lake: Lake, features: Sequence[Feature], day: date) -> CheckResult:
     """Whether the partition `day` of the features has its columns, types and ranges."""
     return judge_schema(lake.read("customer_features", day, day), features_schema(features))
-
-
-def check_feature_nulls(lake: Lake, policy: GatePolicy, day: date) -> CheckResult:
-    """Whether no column of the partition `day` of the features has too many nulls."""
-    return judge_nulls(lake.read("customer_features", day, day), policy)
 
 
 def check_no_event_after_cutoff(

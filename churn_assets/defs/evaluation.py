@@ -55,6 +55,7 @@ def evaluation_report(
         data.features,
         onnx=onnx,
         estimator=load_sklearn(trained_model, project.home.mlflow_uri),
+        fitted_on=trained_model.fitted_on,
         oracle=project.oracle(),
         threshold=SETTINGS.training.decision_threshold,
         seed=SETTINGS.seed,

@@ -7,8 +7,8 @@ import dagster as dg
 from churn_assets.contract.features import features_for
 from churn_assets.data.checks import CheckResult
 from churn_assets.data.features import look_back_days
+from churn_assets.data.gate import judge_null_ratios
 from churn_assets.data.refresh import (
-    check_feature_nulls,
     check_feature_schema,
     check_label_windows,
     check_no_event_after_cutoff,
@@ -110,9 +110,7 @@ def customer_features(
         },
         check_results=[
             check_outcome(check_feature_schema(project.lake, FEATURES, last), name="schema"),
-            check_outcome(
-                check_feature_nulls(project.lake, SETTINGS.data_gate, last), name="nulls"
-            ),
+            check_outcome(judge_null_ratios(done.null_ratios, SETTINGS.data_gate), name="nulls"),
             check_outcome(_leakage(project, first, last), name="no_event_after_cutoff"),
         ],
     )

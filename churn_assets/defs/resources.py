@@ -1,14 +1,14 @@
-"""What the assets work with: the home and its lake, the source, MLflow, the records between stages."""
+"""What the assets work with: home, lake, source, MLflow, and the records between stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 import ibis
@@ -26,7 +26,7 @@ from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
 
 if TYPE_CHECKING:
-    from ibis.backends import BaseBackend
+    from ibis.backends.duckdb import Backend as DuckDBBackend
     from mlflow import MlflowClient
 
     from churn_assets.modeling.held_out import Oracle
@@ -93,7 +93,7 @@ class Project:
         return [day for day in matured if day in with_features]
 
     @contextmanager
-    def engine(self) -> Iterator[BaseBackend]:
+    def engine(self) -> Generator[DuckDBBackend]:
         """A DuckDB connection for one asset, which spills to the home when memory runs out."""
         spill = self.home.root / "tmp"
         connection = ibis.duckdb.connect(temp_directory=str(spill))
@@ -130,7 +130,7 @@ def mlflow_tracking(context: dg.InitResourceContext) -> Iterator[Any]:
 
     config = context.resource_config
     ensure_experiment(MlflowClient(config["mlflow_tracking_uri"]), Path(config["artifacts"]))
-    yield from dagster_mlflow.mlflow_tracking.resource_fn(context)
+    yield from cast("Any", dagster_mlflow.mlflow_tracking.resource_fn)(context)
 
 
 def mlflow_for(home: Home) -> dg.ResourceDefinition:

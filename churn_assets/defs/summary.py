@@ -107,7 +107,7 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
         f"  data        {summary['days'][0]} to {summary['days'][1]}; rows read: {read}",
         f"  quarantined {_quarantined(summary['rows_quarantined'])}",
         f"  customers   {summary['eligible_rows']:,} at the newest labelled cutoff, "
-        f"{summary['churn_rate']:.1%} churned; {summary['training_rows']:,} rows in the training set",
+        f"{summary['churn_rate']:.1%} churned; {summary['training_rows']:,} training rows",
         "",
         f"  {'':22} {'AUC':>7} {'accuracy':>9} {'Brier':>7}",
         _scores(model["family"], model),

@@ -32,6 +32,7 @@ class ModelRecord(msgspec.Struct, frozen=True):
     dagster_run: str
     sklearn_uri: str
     onnx_uri: str
+    fitted_on: tuple[date, ...]
     parity_max_difference: float | None
     training_set: TrainingSetRecord
 

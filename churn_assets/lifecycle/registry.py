@@ -77,8 +77,14 @@ def get_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
 
 
 def stage_of(version: ModelVersion) -> Stage:
-    """The stage of a registered version."""
-    return version.tags.get(STAGE_TAG, "None")
+    """The stage of a registered version. Raises UserError for a tag that is no stage."""
+    stage = version.tags.get(STAGE_TAG, "None")
+    if stage not in LEGAL:
+        raise UserError(
+            f"version {version.version} of {version.name} has the tag {STAGE_TAG}={stage!r}, which "
+            f"is no stage; set it to one of {', '.join(LEGAL)}"
+        )
+    return stage
 
 
 def history_of(version: ModelVersion) -> list[Transition]:

@@ -16,7 +16,7 @@ from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, Traini
 from churn_assets.lifecycle.registry import register_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from mlflow import MlflowClient
 
@@ -69,7 +69,10 @@ def log_trained_model(
     import mlflow.sklearn
     from onnx import load_model_from_string
 
-    run_id = mlflow.active_run().info.run_id
+    active = mlflow.active_run()
+    if active is None:
+        raise RuntimeError("log_trained_model needs an active MLflow run")
+    run_id = active.info.run_id
     mlflow.set_tags({**tags, **environment_tags(project_root), "family": trained.family})
     mlflow.log_params(
         {
@@ -125,6 +128,7 @@ def log_trained_model(
         dagster_run=dagster_run,
         sklearn_uri=sklearn.model_uri,
         onnx_uri=served.model_uri,
+        fitted_on=trained.fitted_on,
         parity_max_difference=parity.max_difference,
         training_set=training_set,
     )
@@ -170,7 +174,7 @@ def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
+def _quiet(logger: str) -> Generator[None]:
     """MLflow's progress lines are not for the person at this terminal; its warnings are."""
     log = logging.getLogger(logger)
     level = log.level

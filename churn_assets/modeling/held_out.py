@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,7 @@ def judge_held_out(
     *,
     onnx: bytes,
     estimator: Any,
+    fitted_on: Sequence[date],
     oracle: Oracle | None,
     threshold: float,
     seed: int,
@@ -57,10 +58,11 @@ def judge_held_out(
     """Judge `onnx` on the rows of the test cutoff of `frame`.
 
     frame: as `training.fit` takes it. estimator: the same model in scikit-learn, for importance.
+    fitted_on: the feature days the model's final fit saw; the baselines see the same.
     oracle: gives the true probabilities of customers at a cutoff, where a simulator knows them.
     Raises UserError when the frame lacks a day or a column of the split.
     """
-    test, train = rows_of(frame, [split.test]), rows_of(frame, split.train)
+    test, train = rows_of(frame, [split.test]), rows_of(frame, fitted_on)
     x, y = feature_matrix(test, features), outcomes(test)
     p = predict_onnx(onnx, x)
     has_recency = RECENCY in features

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any, cast
 
 import dagster as dg
 import pytest
@@ -101,7 +102,7 @@ def test_a_batch_that_fails_leaves_nothing_of_itself(
         instance.report_runless_asset_event(observation)
         monkeypatch.undo()
         with pytest.raises(Exception, match="EventLogEntry"):
-            storage.store_event_batch([entries[0], None])
+            storage.store_event_batch([entries[0], cast("Any", None)])
         records = instance.get_latest_materialization_event(dg.AssetKey("events"))
         assert records is None
         storage.store_event_batch(entries)

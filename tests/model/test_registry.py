@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -30,13 +30,13 @@ NAME = "churn"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         ensure_experiment(made, folder / "artifacts")
-    yield made
+    return made
 
 
 @pytest.fixture
@@ -49,8 +49,9 @@ def version(client: MlflowClient, tmp_path: Path) -> str:
 
 
 def move(client: MlflowClient, version: str, target, **changes):
-    given = {"who": "pipeline", "why": "gates passed", "evidence": {"auc": "0.95"}, "now": NOW}
-    return transition(client, NAME, version, target, **(given | changes))
+    given: dict[str, Any] = {"who": "pipeline", "why": "gates passed", "now": NOW}
+    given |= {"evidence": {"auc": "0.95"}, **changes}
+    return transition(client, NAME, version, target, **given)
 
 
 def test_a_version_starts_in_none_and_remembers_its_tags(client: MlflowClient, version: str):

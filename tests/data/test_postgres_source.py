@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+
+import msgspec
+import pytest
+from churn_assets.data.sources import SourceConfig, open_source
+from churn_assets.errors import UserError
+
+FIRST, LAST = date(2024, 1, 1), date(2024, 1, 31)
+
+
+@pytest.fixture(scope="module")
+def database() -> str:
+    url = os.environ.get("CHURN_TEST_POSTGRES")
+    if not url:
+        pytest.skip("set CHURN_TEST_POSTGRES to the URL of an empty Postgres database to run this")
+    return url
+
+
+@pytest.fixture
+def orders(database: str) -> Iterator[str]:
+    import psycopg
+
+    name = f"orders_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE TABLE {name} (id text, customer int, at timestamptz, total numeric(12, 2))"
+        )
+        connection.execute(
+            f"""INSERT INTO {name} VALUES
+                ('a1', 7, '2024-01-02 23:59:59.999999+00', 12.35),
+                ('a2', NULL, '2024-01-03 00:00:00+01', 5.00),
+                ('a3', 8, '2024-01-03 00:30:00+01', 6.95)"""
+        )
+        yield name
+        connection.execute(f"DROP TABLE {name}")
+
+
+def source(url: str, table: str):
+    config = msgspec.convert(
+        {
+            "kind": "tables",
+            "tables": {
+                "orders": {
+                    "from": url,
+                    "table": table,
+                    "columns": {
+                        "order_id": "id",
+                        "customer_id": "customer",
+                        "occurred_at": "at",
+                        "amount": "total",
+                    },
+                },
+                "customers": {"derive_from": "orders"},
+            },
+        },
+        SourceConfig,
+    )
+    return open_source(config, FIRST)
+
+
+def test_a_postgres_table_becomes_events(database: str, orders: str):
+    read = source(database, orders).read("orders", FIRST, LAST)
+    assert read.rows_read == 3
+    assert [
+        (row["order_id"], row["customer_id"], row["occurred_at"], row["amount_minor"])
+        for row in read.events.to_pylist()
+    ] == [
+        ("a3", "8", datetime(2024, 1, 2, 23, 30, tzinfo=UTC), 695),
+        ("a1", "7", datetime(2024, 1, 2, 23, 59, 59, 999999, UTC), 1235),
+    ]
+    (refused,) = read.quarantined.to_pylist()
+    assert refused["reason"] == "missing_customer_id"
+
+
+def test_a_table_that_is_not_there_is_named_with_those_that_are(database: str, orders: str):
+    with pytest.raises(UserError, match=f"has no table nothing.*{orders}"):
+        source(database, "nothing").read("orders", FIRST, LAST)
+
+
+def test_a_server_that_does_not_answer_is_one_line_without_the_password():
+    url = "postgresql://reader:secret@127.0.0.1:1/none"
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        source(url, "orders").read("orders", FIRST, LAST)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime
 
 import msgspec
 import pytest
+
 from churn_assets.data.sources import SourceConfig, open_source
 from churn_assets.errors import UserError
 
@@ -77,8 +78,8 @@ def test_a_postgres_table_becomes_events(database: str, orders: str):
     assert refused["reason"] == "missing_customer_id"
 
 
-def test_a_table_that_is_not_there_is_named_with_those_that_are(database: str, orders: str):
-    with pytest.raises(UserError, match=f"has no table nothing.*{orders}"):
+def test_a_table_that_is_not_there_is_named(database: str):
+    with pytest.raises(UserError, match="has no table nothing"):
         source(database, "nothing").read("orders", FIRST, LAST)
 
 

@@ -163,7 +163,7 @@ def _choose(everyone: set[str], active: set[str], most: int) -> set[str]:
 
 def _evenly(customers: set[str], most: int) -> set[str]:
     ordered = sorted(customers)
-    step = max(1, -(-len(ordered) // most))
+    step = max(1, -(-len(ordered) // max(1, most)))
     return set(ordered[::step])
 
 

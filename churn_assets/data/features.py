@@ -30,7 +30,7 @@ from churn_assets.data.windows import Windows, cutoff_of, days_between, midnight
 from churn_assets.errors import UserError
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
 
 # An Ibis integer expression: its stubs know no arithmetic on the result of a cast.
 Number = Any
@@ -232,7 +232,7 @@ def look_back_days(table: str, windows: Windows) -> int:
 
 def scan_look_back(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     tables: Collection[str],
     first: date,
     last: date,

@@ -26,7 +26,7 @@ from churn_assets.data.windows import (
 )
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
 
 
 def churn_labels(
@@ -83,7 +83,7 @@ def churn_labels(
 
 
 def scan_label_inputs(
-    lake: Lake, con: DuckDBBackend, first: date, last: date, windows: Windows
+    lake: Lake, con: BaseBackend, first: date, last: date, windows: Windows
 ) -> tuple[ir.Table, ir.Table]:
     """The orders and the features that label partitions first..last need, unread.
 

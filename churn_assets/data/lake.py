@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from ibis.backends import BaseBackend
 from ibis.backends.duckdb import Backend as DuckDBBackend
 
 from churn_assets.data.contents import content_hash
@@ -42,7 +43,6 @@ _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _MICROSECONDS_A_DAY = 86_400_000_000
 _BATCH_ROWS = 1_000_000
-_SORT_KEY = "\0day"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Lake:
 
     def scan(
         self,
-        con: DuckDBBackend,
+        con: BaseBackend,
         table: str,
         first: date | None = None,
         last: date | None = None,
@@ -122,7 +122,8 @@ class Lake:
         days = self._wanted(table, first, last, days, strict=strict)
         if days:
             paths = [self.path(table, day) for day in days]
-            return con.read_parquet(paths, hive_partitioning=True)
+            duckdb = cast(DuckDBBackend, con)
+            return duckdb.read_parquet(paths, hive_partitioning=True)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
         schema = RAW_TABLES[table].schema.append(pa.field(DAY, pa.date32()))
@@ -191,9 +192,9 @@ class Lake:
         if not wanted:
             raise ValueError(f"no days between {first} and {last}")
         with self._workspace(table) as workspace:
-            schema, parts = _by_day(rows, day_of, order_by)
+            schema, parts = _by_day(rows, day_of)
             counts = dict.fromkeys(wanted, 0)
-            for day, count in self._write_files(workspace, parts):
+            for day, count in self._write_files(workspace, parts, order_by):
                 if day not in counts:
                     raise ValueError(f"{table}: a row of {day} is outside of {first} to {last}")
                 counts[day] += count
@@ -249,11 +250,16 @@ class Lake:
             self.filesystem.mv(source, target)
 
     def _write_files(
-        self, workspace: str, parts: Iterable[tuple[date, pa.Table]]
+        self,
+        workspace: str,
+        parts: Iterable[tuple[date, pa.Table]],
+        order_by: Sequence[str] = (),
     ) -> Iterator[tuple[date, int]]:
+        keys = [(name, "ascending") for name in order_by]
+
         def write(day: date, part: pa.Table) -> tuple[date, int]:
             pq.write_table(
-                part,
+                part.sort_by(keys) if keys else part,
                 f"{workspace}/{day.isoformat()}.tmp",
                 filesystem=self.filesystem,
                 compression="snappy",
@@ -312,8 +318,10 @@ class Lake:
         if days:
             first, last = min(days), max(days)
         present = self._existing(table, first, last)
-        if strict and not present and (first is None or last is None):
-            raise _nothing_there(table)
+        if not present and (first is None or last is None):
+            if strict:
+                raise _nothing_there(table)
+            return []
         wanted = sorted(set(days or days_between(first or present[0], last or present[-1])))
         if strict:
             _refuse_missing(table, sorted(set(wanted) - set(present)))
@@ -326,19 +334,21 @@ class Lake:
 
 
 def _by_day(
-    rows: pa.Table | ir.Table, day_of: str, order_by: Sequence[str]
+    rows: pa.Table | ir.Table, day_of: str
 ) -> tuple[pa.Schema, Iterator[tuple[date, pa.Table]]]:
     """The schema of a file, and the rows of one day after the other."""
     batches: Iterable[pa.RecordBatch]
     if isinstance(rows, ir.Table):
         schema = rows.schema().to_pyarrow()
-        batches = _stream(rows.order_by([day_of, *order_by]), schema)
+        batches = _stream(rows.order_by(day_of), schema)
     else:
-        if order_by or not _is_sorted(_day_numbers(rows[day_of])):
-            days = pa.array(_day_numbers(rows[day_of]))
-            keys = [(name, "ascending") for name in (_SORT_KEY, *order_by)]
-            rows = rows.append_column(_SORT_KEY, days).sort_by(keys).drop_columns(_SORT_KEY)
         schema = rows.schema
+        numbers = _day_numbers(rows[day_of])
+        if np.any(numbers[1:] < numbers[:-1]):
+            # Days since the first fit 16 bits, which numpy sorts by radix: linear, and stable.
+            since = numbers - numbers.min()
+            since = since.astype(np.uint16) if since.max() < 2**16 else since
+            rows = rows.take(pa.array(np.argsort(since, kind="stable")))
         batches = rows.to_batches()
     drop = day_of == DAY
     stored = schema.remove(schema.get_field_index(DAY)) if drop else schema
@@ -392,10 +402,6 @@ def _day_numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64()).to_numpy() // (
         _MICROSECONDS_A_DAY
     )
-
-
-def _is_sorted(numbers: np.ndarray) -> bool:
-    return bool(np.all(numbers[1:] >= numbers[:-1]))
 
 
 def _date(number: int) -> date:

@@ -23,7 +23,7 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
 
 FOLDER = "training_sets"
 FEATURES_TABLE = "customer_features"
@@ -71,7 +71,7 @@ class TrainingSet:
 
 def assemble_training_set(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     feature_days: Sequence[date],
     windows: Windows,
     features: Sequence[Feature],

@@ -25,20 +25,23 @@ def database() -> str:
 @pytest.fixture
 def orders(database: str) -> Iterator[str]:
     import psycopg
+    from psycopg import sql
 
     name = f"orders_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(database, autocommit=True) as connection:
+        table = sql.Identifier(name)
+        columns = "id text, customer int, at timestamptz, total numeric(12, 2)"
+        connection.execute(sql.SQL("CREATE TABLE {} (" + columns + ")").format(table))
         connection.execute(
-            f"CREATE TABLE {name} (id text, customer int, at timestamptz, total numeric(12, 2))"
-        )
-        connection.execute(
-            f"""INSERT INTO {name} VALUES
+            sql.SQL(
+                """INSERT INTO {} VALUES
                 ('a1', 7, '2024-01-02 23:59:59.999999+00', 12.35),
                 ('a2', NULL, '2024-01-03 00:00:00+01', 5.00),
                 ('a3', 8, '2024-01-03 00:30:00+01', 6.95)"""
+            ).format(table)
         )
         yield name
-        connection.execute(f"DROP TABLE {name}")
+        connection.execute(sql.SQL("DROP TABLE {}").format(table))
 
 
 def source(url: str, table: str):

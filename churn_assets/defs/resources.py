@@ -92,6 +92,13 @@ class Project:
         matured = (labelled_partition(day, horizon) for day in self.lake.days("churn_labels"))
         return [day for day in matured if day in with_features]
 
+    def newest_customer(self) -> dict[str, str | int | float] | None:
+        """A customer of the newest feature partition, as a request to the service, if it has one."""
+        newest = self.lake.days("customer_features")[-1]
+        rows = self.lake.read("customer_features", newest, newest).slice(0, 1).to_pylist()
+        names = ["customer_id", *(feature.name for feature in self.features)]
+        return {name: rows[0][name] for name in names} if rows else None
+
     @contextmanager
     def engine(self) -> Generator[DuckDBBackend]:
         """A DuckDB connection for one asset, which spills to the home when memory runs out."""

@@ -34,7 +34,7 @@ def churn_bento(
     bento = build_bento(
         Path(registered_model.release_dir), project.home.bentoml, project_root=PROJECT_ROOT
     )
-    answer = ask_bento(bento, project.home.bentoml)
+    answer = ask_bento(bento, project.home.bentoml, project.newest_customer())
     record = BentoRecord(
         tag=bento.tag,
         path=str(bento.path),

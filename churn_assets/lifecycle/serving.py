@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,14 @@ def measure_release(
         return measure_latency(url, bodies)
 
 
-def ask_bento(bento: Bento, bentoml_home: Path) -> Proof:
-    """Serve `bento` and ask it for a golden prediction of its own release.
+def ask_bento(
+    bento: Bento, bentoml_home: Path, customer: Mapping[str, str | int | float] | None = None
+) -> Proof:
+    """Serve `bento` and ask it for a golden prediction of its own release, then about `customer`.
 
-    The latency is that of a warm service. Raises UserError when it does not start or answer.
+    The proof is of the golden prediction; request, response and latency are those of `customer`
+    (a whole request body) when one is given. The latency is that of a warm service. Raises
+    UserError when it does not start or answer.
     """
     release = read_release(bento.path / "src" / "release")
     manifest, row = release.manifest, release.golden.rows[0]
@@ -228,6 +232,7 @@ def ask_bento(bento: Bento, bentoml_home: Path) -> Proof:
     with serve(bento.tag, bentoml_home=bentoml_home) as url:
         for _ in range(WARM_UP):
             answer = ask(url, request)
+        shown = ask(url, dict(customer)) if customer else answer
     response = answer.json()
     difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
     # The last of the four digits may round the other way.
@@ -238,7 +243,14 @@ def ask_bento(bento: Bento, bentoml_home: Path) -> Proof:
         if fits
         else f"answered {answer.content[:200].decode(errors='replace')}, the model gave {expected}"
     )
-    return Proof(fits, reason, manifest.release_id, request, response, round(answer.latency_ms, 3))
+    return Proof(
+        as_expected=fits and shown.status == 200,
+        reason=reason,
+        release_id=manifest.release_id,
+        request=dict(customer or request),
+        response=shown.json(),
+        latency_ms=round(shown.latency_ms, 3),
+    )
 
 
 def free_port() -> int:

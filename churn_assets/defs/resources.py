@@ -93,7 +93,7 @@ class Project:
         return [day for day in matured if day in with_features]
 
     def newest_customer(self) -> dict[str, str | int | float] | None:
-        """A customer of the newest feature partition, as a request to the service, if it has one."""
+        """A customer of the newest feature partition as a request to the service, if it has one."""
         newest = self.lake.days("customer_features")[-1]
         rows = self.lake.read("customer_features", newest, newest).slice(0, 1).to_pylist()
         names = ["customer_id", *(feature.name for feature in self.features)]

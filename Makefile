@@ -21,14 +21,14 @@ help: ## list the commands
 env: $(VENV)/.ready ## make the environment from requirements.lock
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no python3 on the PATH; install Python 3.11 or name one with PYTHON=/path/to/python"; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no Python '$(PYTHON)'; install Python 3.11 or name one with PYTHON=/path/to/python"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' \
 		|| { echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.11 to 3.14 is needed, name one with PYTHON=/path/to/python"; exit 1; }
 	@echo "making the environment in $(VENV) (once, about a minute)"
 	@"$(PYTHON)" -m venv $(VENV) || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(UV)" 2>/dev/null \
 		|| { echo "error: the package registry cannot be reached; check the network and pip's settings"; exit 1; }
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes --compile-bytecode requirements.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes --compile-bytecode -r requirements.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -44,7 +44,7 @@ test: env ## the test suite
 lint: env ## formatting, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ty check --quiet
+	@$(BIN)/ty check --output-format concise
 
 format: env ## write the formatting and the safe fixes
 	@$(BIN)/ruff check --quiet --fix . || true

@@ -240,7 +240,7 @@ LEAK_FREE = {
         Event("a", CUTOFF - 40 * DAY, amount_minor=100),
         Event("a", CUTOFF + timedelta(minutes=30), amount_minor=900),
         Event("b", CUTOFF - 80 * DAY, amount_minor=700),
-        Event("b", CUTOFF - 2 * DAY, CUTOFF + DAY, amount_minor=700),
+        Event("b", CUTOFF - 2 * DAY, CUTOFF, amount_minor=700),
         Event("c", CUTOFF + timedelta(minutes=50), amount_minor=100),
     ],
     "support_tickets": [Event("b", CUTOFF + timedelta(minutes=59))],
@@ -299,7 +299,7 @@ def test_a_sample_looks_first_at_who_was_active_after_the_cutoff() -> None:
         leaked, {"orders": raw_table("orders", happened["orders"])}, Windows(), max_customers=10
     )
     assert not result.passed
-    assert result.figures["customers_compared"] <= 10
+    assert result.figures["customers_compared"] in range(1, 11)
 
 
 def test_the_check_refuses_more_than_one_cutoff() -> None:

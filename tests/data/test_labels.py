@@ -76,6 +76,16 @@ def test_a_label_window_holds_its_cutoff_and_not_its_end(moment: datetime, expec
     assert labels([Event("a", moment)], "a", 1, WINDOWS)["churned"].to_pylist() == [expected]
 
 
+@pytest.mark.parametrize("gap", [1, HORIZON - 1, HORIZON, HORIZON + 1])
+def test_orders_whose_windows_overlap_give_each_label_once(gap: int) -> None:
+    start = cutoff_of(FIRST) + 40 * DAY
+    orders = [Event("a", start + n * gap * DAY) for n in range(3)]
+    found = labels(orders, "a", 120, WINDOWS)
+    assert found.num_rows == 120
+    kept = [row["cutoff"] for row in found.to_pylist() if not row["churned"]]
+    assert len(kept) == HORIZON + 2 * min(gap, HORIZON)
+
+
 def test_an_order_counts_when_it_occurred_not_when_it_was_ingested() -> None:
     late = Event("a", cutoff_of(FIRST) + DAY, ingested_at=cutoff_of(FIRST) + 100 * DAY)
     assert labels([late], "a", 1, WINDOWS)["churned"].to_pylist() == [False]

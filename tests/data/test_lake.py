@@ -227,7 +227,7 @@ def test_an_expression_is_written_as_its_rows_are(tmp_path) -> None:
     days = [DAYS[n] for n in (2, 0, 2, 4)]
     rows = pa.table({"day": pa.array(days, pa.date32()), "customer_id": ["b", "x", "a", "y"]})
     counts = lake.write("from_rows", FIRST, LAST, rows, day_of="day", order_by=["customer_id"])
-    source = lake.scan(CON, "from_rows").mutate(known=True).drop("known")
+    source = lake.scan(CON, "from_rows").mutate(known=ibis.literal(True)).drop("known")
     again = lake.write("computed", FIRST, LAST, source, day_of="day", order_by=["customer_id"])
     assert list(counts.values()) == list(again.values()) == [1, 0, 2, 0, 1]
     assert lake.read("computed").to_pydict() == {"customer_id": ["x", "a", "b", "y"]}
@@ -322,6 +322,11 @@ def test_a_hash_knows_multiplicity_columns_and_types() -> None:
         table.slice(0, 0),
     ]
     assert len({content_hash(t) for t in (table, *others)}) == 7
+
+
+def test_a_hash_knows_where_one_text_ends() -> None:
+    one, other = pa.table({"s": ["a", "bc"]}), pa.table({"s": ["ab", "c"]})
+    assert content_hash(one) != content_hash(other)
 
 
 def test_a_partition_hashes_alike_whoever_wrote_it(tmp_path) -> None:

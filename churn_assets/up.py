@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
+import secrets
+import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -15,6 +22,10 @@ from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
 
 HOST = "127.0.0.1"
+# Every process below a `make up` inherits it, so that those whose parent has gone are found too.
+MARKER = "CHURN_UP"
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,17 +59,26 @@ REPORTS = Server("reports", "Reports", "CHURN_REPORTS_PORT", 3002)
 SERVERS = (DAGSTER, MLFLOW, SERVICE, REPORTS)
 
 
-def check_port(server: Server) -> None:
-    """Raise UserError when the port of `server` is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, server.port))
-        except OSError:
+def check_ports() -> None:
+    """Raise UserError naming the first server whose port is taken, or wanted by another one."""
+    taken: dict[int, Server] = {}
+    for server in SERVERS:
+        if other := taken.get(server.port):
             raise UserError(
-                f"port {server.port} for the {server.title} is taken; stop what listens there "
-                f"or set {server.variable} to a free port"
-            ) from None
+                f"port {server.port} is wanted by the {other.title} and the {server.title}; "
+                f"set {other.variable} or {server.variable} to another port"
+            )
+        taken[server.port] = server
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, server.port))
+            except OSError as error:
+                raise UserError(
+                    f"port {server.port} for the {server.title} cannot be used "
+                    f"({error.strerror}); stop what listens there or set {server.variable} "
+                    "to a free port"
+                ) from None
 
 
 def commands(home: Home) -> dict[str, list[str]]:
@@ -76,6 +96,7 @@ def commands(home: Home) -> dict[str, list[str]]:
             *("--host", HOST, "--port", str(MLFLOW.port)),
             *("--backend-store-uri", home.mlflow_uri),
             *("--artifacts-destination", str(home.mlflow_artifacts)),
+            *("--uvicorn-opts", "--log-level warning"),
         ],
         "service": [sys.executable, "-m", "churn_assets", "serve", "--port", str(SERVICE.port)],
         "reports": [
@@ -88,33 +109,131 @@ def commands(home: Home) -> dict[str, list[str]]:
 def run_all(home: Home) -> int:
     """Run everything until Ctrl-C or until one process ends; returns the exit code.
 
-    Raises UserError when a port is taken, before anything is started.
+    0 when a person stopped it, or else that of the process that ended. Raises UserError when a port
+    is taken, before anything is started. Nothing that was started is left at the end, also when
+    this process is killed.
     """
-    from honcho.manager import Manager
+    check_ports()
+    processes: dict[str, subprocess.Popen] = {}
+    with _stop_asked_for() as asked, _family() as token:
+        environment = os.environ | home.environment() | _quiet() | {MARKER: token}
+        for name, command in commands(home).items():
+            processes[name] = _start(name, command, environment)
+        _say("up", "starting; Ctrl-C stops them all")
+        silent = list(SERVERS)
+        while not asked:
+            for name, process in processes.items():
+                if (code := process.poll()) is not None:
+                    _say("up", f"error: {name} stopped by itself with exit code {code}", sys.stderr)
+                    return code if code > 0 else 1
+            for server in [server for server in silent if _listens(server.port)]:
+                silent.remove(server)
+                _say("up", f"{server.title:14} {server.url}")
+            time.sleep(POLL_S)
+        _say("up", "stopping")
+    _say("up", "stopped")
+    return 0
 
-    for server in SERVERS:
-        check_port(server)
-    manager = Manager()
-    environment = os.environ | home.environment() | {"PYTHONUNBUFFERED": "1"}
-    for name, command in commands(home).items():
-        manager.add_process(name, f"exec {shlex.join(command)}", env=environment, cwd=PROJECT_ROOT)
-    for server in SERVERS:
-        print(f"  {server.title:14} {server.url}", flush=True)
-    print("  Ctrl-C stops them all. The UI needs about twenty seconds to answer.", flush=True)
+
+def members(token: str) -> list[psutil.Process]:
+    """The living processes that were started, directly or not, with this marker."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARKER) == token:
+                found.append(process)
+    return found
+
+
+def stop(token: str, timeout: float = STOP_TIMEOUT_S) -> None:
+    """End every process with this marker; kill what has not gone after `timeout` seconds.
+
+    Again and again, as a process may start another one while it is asked to stop.
+    """
+    deadline = time.monotonic() + timeout
+    told: set[psutil.Process] = set()
+    while alive := members(token):
+        late = time.monotonic() > deadline
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if late:
+                    process.kill()
+                elif process not in told:
+                    process.terminate()
+        told.update(alive)
+        psutil.wait_procs(alive, timeout=POLL_S)
+
+
+@contextlib.contextmanager
+def _family() -> Generator[str]:
+    """A new marker; at the end, every process that carries it is ended.
+
+    A guard waits for this process to close a pipe, which the kernel does too when it is killed.
+    """
+    token = secrets.token_hex(8)
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "churn_assets.up", token],
+        cwd=PROJECT_ROOT,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
-        manager.loop()
+        yield token
     finally:
-        stop_descendants()
-    stopped_by_user = manager.returncode in (130, 143)
-    return 0 if stopped_by_user else int(manager.returncode or 1)
+        stop(token)
+        guard.communicate()
 
 
-def stop_descendants(timeout: float = 10) -> None:
-    """End every process this one started, directly or not; kill what does not listen."""
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        child.terminate()
-    _, alive = psutil.wait_procs(children, timeout=timeout)
-    for child in alive:
-        child.kill()
-    psutil.wait_procs(alive, timeout=timeout)
+@contextlib.contextmanager
+def _stop_asked_for() -> Generator[list[int]]:
+    """The signals that came while the block runs; none of them ends it."""
+    asked: list[int] = []
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in wanted}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a process that Ctrl-C at the terminal does not reach; its lines carry its name."""
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        cwd=PROJECT_ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    threading.Thread(target=_relay, args=(name, process.stdout), daemon=True).start()
+    return process
+
+
+def _relay(name: str, lines: IO[bytes]) -> None:
+    for line in lines:
+        _say(name, line.decode(errors="replace").rstrip())
+
+
+def _say(name: str, line: str, stream: IO[str] | None = None) -> None:
+    # A terminal that has gone is no reason to leave the servers running.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{name:8}| {line}", file=stream or sys.stdout, flush=True)
+
+
+def _quiet() -> dict[str, str]:
+    """MLflow's jobs are for evaluating language models; they would add four processes."""
+    return {"PYTHONUNBUFFERED": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(POLL_S)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()
+    stop(sys.argv[1])

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ibis.backends.sql.compilers.pyspark import PySparkCompiler
 
 from churn_assets.contract.features import FEATURE_NAMES, FEATURES, features_for
-from churn_assets.data.checks import no_event_after_cutoff
+from churn_assets.data.checks import CheckResult, no_event_after_cutoff
 from churn_assets.data.features import (
     customer_features,
     earliest_feature_day,
@@ -248,9 +248,9 @@ LEAK_FREE = {
 }
 
 
-def leak_check(features: pa.Table, **options: int):
+def leak_check(features: pa.Table) -> CheckResult:
     tables = {name: raw_table(name, rows) for name, rows in LEAK_FREE.items()}
-    return no_event_after_cutoff(features.drop_columns("day"), tables, Windows(), **options)
+    return no_event_after_cutoff(features.drop_columns("day"), tables, Windows())
 
 
 def test_honest_features_pass_the_check_for_leaks() -> None:

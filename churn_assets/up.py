@@ -24,8 +24,17 @@ from churn_assets.home import PROJECT_ROOT, Home
 HOST = "127.0.0.1"
 # Every process below a `make up` inherits it, so that those whose parent has gone are found too.
 MARKER = "CHURN_UP"
+# They ask the code server for its definitions as soon as they start.
+NEEDS_CODE = ("dagster", "daemon")
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.2
+_SETTLED = {
+    "PYTHONUNBUFFERED": "1",
+    # MLflow's jobs judge language models; they would add four processes and state elsewhere.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # MLflow's own affair; the filter is a literal prefix of the message.
+    "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
+}
 
 
 @dataclass(frozen=True)
@@ -81,16 +90,25 @@ def check_ports() -> None:
                 ) from None
 
 
-def commands(home: Home) -> dict[str, list[str]]:
-    """The command line of every process, by name."""
+def commands(home: Home, code_port: int) -> dict[str, list[str]]:
+    """The command line of every process, by name.
+
+    Webserver and daemon share one code server at `code_port`: given the module itself, each has
+    one of its own, and the daemon starts a new one every minute.
+    """
     scripts = Path(sys.executable).parent
-    workspace = str(PROJECT_ROOT / "workspace.yaml")
+    code = ("--grpc-host", HOST, "--grpc-port", str(code_port))
     return {
-        "dagster": [
-            str(scripts / "dagster-webserver"),
-            *("-w", workspace, "-h", HOST, "-p", str(DAGSTER.port)),
+        "code": [
+            *(str(scripts / "dagster"), "api", "grpc", "--log-level", "warning"),
+            *("--module-name", "churn_assets.definitions", "--location-name", "churn_assets"),
+            *("--host", HOST, "--port", str(code_port)),
         ],
-        "daemon": [str(scripts / "dagster-daemon"), "run", "-w", workspace],
+        "dagster": [
+            *(str(scripts / "dagster-webserver"), *code),
+            *("-h", HOST, "-p", str(DAGSTER.port), "--dagster-log-level", "warning"),
+        ],
+        "daemon": [str(scripts / "dagster-daemon"), "run", *code],
         "mlflow": [
             *(str(scripts / "mlflow"), "server", "--workers", "1"),
             *("--host", HOST, "--port", str(MLFLOW.port)),
@@ -114,21 +132,24 @@ def run_all(home: Home) -> int:
     this process is killed.
     """
     check_ports()
-    processes: dict[str, subprocess.Popen] = {}
+    running: dict[str, subprocess.Popen] = {}
     with _stop_asked_for() as asked, _family() as token:
-        environment = os.environ | home.environment() | _quiet() | {MARKER: token}
-        for name, command in commands(home).items():
-            processes[name] = _start(name, command, environment)
-        _say("up", "starting; Ctrl-C stops them all")
+        environment = os.environ | home.environment() | _SETTLED | {MARKER: token}
+        code_port = free_port()
+        waiting = commands(home, code_port)
         silent = list(SERVERS)
+        _say("up", "starting; Ctrl-C stops everything")
         while not asked:
-            for name, process in processes.items():
-                if (code := process.poll()) is not None:
-                    _say("up", f"error: {name} stopped by itself with exit code {code}", sys.stderr)
-                    return code if code > 0 else 1
+            for name in [n for n in waiting if n not in NEEDS_CODE or _listens(code_port)]:
+                running[name] = _start(name, waiting.pop(name), environment, mute=asked)
             for server in [server for server in silent if _listens(server.port)]:
                 silent.remove(server)
                 _say("up", f"{server.title:14} {server.url}")
+            for name, process in running.items():
+                if (code := process.poll()) is not None and not asked:
+                    asked.append(signal.SIGTERM)
+                    _say("up", f"error: {name} stopped with exit code {code}", sys.stderr)
+                    return code if code > 0 else 1
             time.sleep(POLL_S)
         _say("up", "stopping")
     _say("up", "stopped")
@@ -197,8 +218,13 @@ def _stop_asked_for() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen:
-    """Start a process that Ctrl-C at the terminal does not reach; its lines carry its name."""
+def _start(
+    name: str, command: list[str], environment: Mapping[str, str], *, mute: list[int]
+) -> subprocess.Popen:
+    """Start a process that Ctrl-C at the terminal does not reach; its lines carry its name.
+
+    What it says once something is in `mute` is not shown: servers complain of being stopped.
+    """
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -208,13 +234,14 @@ def _start(name: str, command: list[str], environment: Mapping[str, str]) -> sub
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    threading.Thread(target=_relay, args=(name, process.stdout), daemon=True).start()
+    threading.Thread(target=_relay, args=(name, process.stdout, mute), daemon=True).start()
     return process
 
 
-def _relay(name: str, lines: IO[bytes]) -> None:
+def _relay(name: str, lines: IO[bytes], mute: list[int]) -> None:
     for line in lines:
-        _say(name, line.decode(errors="replace").rstrip())
+        if not mute:
+            _say(name, line.decode(errors="replace").rstrip())
 
 
 def _say(name: str, line: str, stream: IO[str] | None = None) -> None:
@@ -223,9 +250,11 @@ def _say(name: str, line: str, stream: IO[str] | None = None) -> None:
         print(f"{name:8}| {line}", file=stream or sys.stdout, flush=True)
 
 
-def _quiet() -> dict[str, str]:
-    """MLflow's jobs are for evaluating language models; they would add four processes."""
-    return {"PYTHONUNBUFFERED": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
 
 
 def _listens(port: int) -> bool:

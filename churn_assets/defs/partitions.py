@@ -35,3 +35,11 @@ def partition_range(context: dg.AssetExecutionContext) -> tuple[date, date]:
     """The first and last day this run materializes, both included."""
     keys = context.partition_key_range
     return date.fromisoformat(keys.start), date.fromisoformat(keys.end)
+
+
+def range_tags(first: date, last: date) -> dict[str, str]:
+    """The tags that make one run of a range of days, both included."""
+    return {
+        "dagster/asset_partition_range_start": first.isoformat(),
+        "dagster/asset_partition_range_end": last.isoformat(),
+    }

@@ -1,66 +1,106 @@
 """The schedules: the daily refresh, Monday's training, the daily drift report."""
 
-from collections.abc import Iterator
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
+from dagster._utils.schedules import is_valid_cron_schedule
 
 from churn_assets.defs import jobs
-from churn_assets.defs.partitions import DAILY, SETTINGS
+from churn_assets.defs.partitions import SETTINGS, range_tags
 from churn_assets.defs.resources import Project
 from churn_assets.errors import UserError
 
 ON = dg.DefaultScheduleStatus.RUNNING
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 ZONE = SETTINGS.schedules.timezone
 
 
-def days_to_refresh(newest: date, last_available: date, *, one_at_a_time: bool) -> list[date]:
-    """The days a refresh has to bring in, oldest first.
+def cron(key: str) -> str:
+    """The cron expression of a schedule. Raises UserError when it is none."""
+    expression = getattr(SETTINGS.schedules, key)
+    if not is_valid_cron_schedule(expression):
+        raise UserError(
+            f"schedules.{key} is {expression!r}, not a cron expression such as 0 2 * * *"
+        )
+    return expression
 
-    A live source catches up to the last available day; the built-in shop lives in the past and
-    each tick produces its next day.
+
+def days_to_refresh(
+    newest: date, now: datetime, end: date | None, *, one_at_a_time: bool
+) -> tuple[date, date] | None:
+    """The first and last day a refresh has to bring in, or None when nothing is missing.
+
+    A live source catches up to the last day that is complete at `now`. The built-in shop lives in
+    the past, and each tick produces its next day.
     """
-    missing = (last_available - newest).days
-    wanted = min(missing, 1) if one_at_a_time else missing
-    return [newest + timedelta(days=step) for step in range(1, wanted + 1)]
+    complete = now.astimezone(UTC).date() - timedelta(days=1)
+    last = min(complete, end) if end else complete
+    first = newest + timedelta(days=1)
+    if last < first:
+        return None
+    return first, first if one_at_a_time else last
+
+
+def refreshed_up_to(project: Project) -> date | None:
+    """The newest day for which everything the refresh makes is there; None without any data.
+
+    A day whose events came in but whose features did not is refreshed again.
+    """
+    tables = (*project.settings.raw_tables, "customer_features", "churn_labels")
+    days = [project.lake.days(table) for table in tables]
+    return min(there[-1] for there in days) if all(days) else None
+
+
+def refresh_request(first: date, last: date) -> dg.RunRequest:
+    """One run for all the days, so that none of them runs before the day it looks back to."""
+    run_key = f"refresh-{first}-{last}"
+    if first == last:
+        return dg.RunRequest(run_key=run_key, partition_key=first.isoformat())
+    return dg.RunRequest(run_key=run_key, tags=range_tags(first, last))
 
 
 @dg.schedule(
     job=jobs.daily_refresh,
-    cron_schedule=SETTINGS.schedules.daily_refresh,
+    cron_schedule=cron("daily_refresh"),
     execution_timezone=ZONE,
     default_status=ON,
 )
 def daily_refresh_schedule(
     context: dg.ScheduleEvaluationContext, project: dg.ResourceParam[Project]
-) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Bring in the days that have become complete since the newest one in the lake."""
-    try:
-        newest = project.data_time()
-    except UserError as error:
-        yield dg.SkipReason(f"{error}, or run `make run`")
-        return
-    last_key = DAILY.get_last_partition_key(context.scheduled_execution_time)
+) -> dg.RunRequest | dg.SkipReason:
+    """Bring in the days that have become complete since the newest one that is all there."""
+    newest = refreshed_up_to(project)
+    if newest is None:
+        return dg.SkipReason("there is no history yet; `make run` brings it in")
+    unfinished = dg.RunsFilter(job_name=jobs.daily_refresh.name, statuses=UNFINISHED)
+    if context.instance.get_runs(unfinished, limit=1):
+        return dg.SkipReason("a refresh is still running")
     days = days_to_refresh(
         newest,
-        date.fromisoformat(last_key) if last_key else newest,
-        one_at_a_time=SETTINGS.is_shop,
+        context.scheduled_execution_time,
+        project.settings.calendar.end,
+        one_at_a_time=project.settings.is_shop,
     )
-    if not days:
-        yield dg.SkipReason(f"every day up to {newest} is there and no later one is complete")
-    for day in days:
-        yield dg.RunRequest(run_key=f"refresh-{day}", partition_key=day.isoformat())
+    if days is None:
+        return dg.SkipReason(f"every day up to {newest} is there and no later one is complete")
+    return refresh_request(*days)
 
 
 training_schedule = dg.ScheduleDefinition(
     job=jobs.training,
-    cron_schedule=SETTINGS.schedules.training,
+    cron_schedule=cron("training"),
     execution_timezone=ZONE,
     default_status=ON,
 )
 drift_schedule = dg.ScheduleDefinition(
     job=jobs.drift,
-    cron_schedule=SETTINGS.schedules.drift_report,
+    cron_schedule=cron("drift_report"),
     execution_timezone=ZONE,
     default_status=ON,
 )

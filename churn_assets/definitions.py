@@ -40,10 +40,7 @@ defs = dg.Definitions(
         "mlflow": mlflow_for(HOME),
         "io_manager": RecordIOManager(HOME.records),
     },
-    loggers={
-        "console": dg.colored_console_logger.configured({"log_level": "INFO"}),
-        "progress": progress,
-    },
+    loggers={"console": dg.colored_console_logger, "progress": progress},
     # A step is short beside the start of a process; a run is a process of its own anyway.
     executor=dg.in_process_executor,
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+import yaml
 
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
@@ -24,6 +25,8 @@ from churn_assets.home import PROJECT_ROOT, Home
 HOST = "127.0.0.1"
 # Every process below a `make up` inherits it, so that those whose parent has gone are found too.
 MARKER = "CHURN_UP"
+# Dagster keeps what a person switched on or off by this name.
+LOCATION = "churn_assets"
 # They ask the code server for its definitions as soon as they start.
 NEEDS_CODE = ("dagster", "daemon")
 STOP_TIMEOUT_S = 15.0
@@ -97,18 +100,18 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
     one of its own, and the daemon starts a new one every minute.
     """
     scripts = Path(sys.executable).parent
-    code = ("--grpc-host", HOST, "--grpc-port", str(code_port))
+    workspace = str(_workspace(home))
     return {
         "code": [
             *(str(scripts / "dagster"), "api", "grpc", "--log-level", "warning"),
-            *("--module-name", "churn_assets.definitions", "--location-name", "churn_assets"),
+            *("--module-name", "churn_assets.definitions", "--location-name", LOCATION),
             *("--host", HOST, "--port", str(code_port)),
         ],
         "dagster": [
-            *(str(scripts / "dagster-webserver"), *code),
+            *(str(scripts / "dagster-webserver"), "-w", workspace),
             *("-h", HOST, "-p", str(DAGSTER.port), "--dagster-log-level", "warning"),
         ],
-        "daemon": [str(scripts / "dagster-daemon"), "run", *code],
+        "daemon": [str(scripts / "dagster-daemon"), "run", "-w", workspace],
         "mlflow": [
             *(str(scripts / "mlflow"), "server", "--workers", "1"),
             *("--host", HOST, "--port", str(MLFLOW.port)),
@@ -124,6 +127,17 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
     }
 
 
+def _workspace(home: Home) -> Path:
+    """Where the home says which code server its webserver and daemon ask."""
+    return home.dagster / "workspace.yaml"
+
+
+def _write_workspace(home: Home, code_port: int) -> None:
+    server = {"host": HOST, "port": code_port, "location_name": LOCATION}
+    document = {"load_from": [{"grpc_server": server}]}
+    _workspace(home).write_text(yaml.safe_dump(document), encoding="utf-8")
+
+
 def run_all(home: Home) -> int:
     """Run everything until Ctrl-C or until one process ends; returns the exit code.
 
@@ -136,6 +150,7 @@ def run_all(home: Home) -> int:
     with _stop_asked_for() as asked, _family() as token:
         environment = os.environ | home.environment() | _SETTLED | {MARKER: token}
         code_port = free_port()
+        _write_workspace(home, code_port)
         waiting = commands(home, code_port)
         silent = list(SERVERS)
         _say("up", "starting; Ctrl-C stops everything")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,25 @@ def cli() -> None:
 @cli.command()
 def run() -> None:
     """Materialize the whole graph and print what came out."""
-    home = Home.from_environment()
-    home.prepare()
-    from churn_assets.defs.launch import run_everything
+    from churn_assets.data.sources import check_files
+    from churn_assets.settings import load_settings, utc_today
 
-    run_everything(home)
+    home, settings = Home.from_environment(), load_settings()
+    # What can be seen to be wrong is said before Dagster's slow imports.
+    _, last = settings.history(utc_today())
+    if not home.has_data():
+        settings.require_history(last)
+    check_files(settings.source)
+    home.prepare()
+    with home.exclusive():
+        home.claim(settings.identity())
+        try:
+            from churn_assets.defs.launch import run_everything
+
+            run_everything(home)
+        except KeyboardInterrupt:
+            click.echo("stopped; `make run` goes on from here", err=True)
+            sys.exit(130)
 
 
 @cli.command()
@@ -137,9 +152,17 @@ def reconcile() -> None:
 
 
 def main() -> None:
-    """Entry point: a UserError is one line on standard error and exit code 2."""
+    """Entry point: a UserError is one line on standard error and exit code 2; Ctrl-C gives 130."""
+    # A process manager's stop is a Ctrl-C: what was begun is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        cli()
+        sys.exit(cli.main(standalone_mode=False))
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)

@@ -113,8 +113,30 @@ class Home:
             "DO_NOT_TRACK": "1",
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_LOGGING_LEVEL": os.environ.get("MLFLOW_LOGGING_LEVEL", "WARNING"),
             "GIT_PYTHON_REFRESH": "quiet",
         }
+
+    def has_data(self) -> bool:
+        """Whether any partition of the lake is there."""
+        return any(self.lake.glob("*/day=*"))
+
+    def claim(self, identity: str) -> None:
+        """Write down what this home is for, and refuse another use of it once it has data.
+
+        Raises UserError. Hold the home while calling it.
+        """
+        marker = self.root / "source.json"
+        if marker.exists() and marker.read_text(encoding="utf-8") == identity:
+            return
+        if marker.exists() and self.has_data():
+            raise UserError(
+                f"{self.root} holds the data of another source, calendar or windows; "
+                "set CHURN_HOME to another folder for this configuration"
+            )
+        written = marker.with_suffix(".tmp")
+        written.write_text(identity, encoding="utf-8")
+        written.replace(marker)
 
     @contextmanager
     def exclusive(self) -> Generator[None]:
@@ -122,7 +144,7 @@ class Home:
 
         Raises UserError when another command holds it.
         """
-        with (self.root / "run.lock").open("w") as lock:
+        with (self.root / "run.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -12,14 +12,19 @@ from typing import Any
 import msgspec
 import yaml
 
+from churn_assets.contract.features import features_for
+from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.gate import GatePolicy
+from churn_assets.data.mapping import check_timezone
 from churn_assets.data.sources import (
     ShopSourceConfig,
     SourceConfig,
+    TablesSourceConfig,
     resolve_paths,
+    shown,
     source_tables,
 )
-from churn_assets.data.windows import Windows
+from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.training import TrainingPolicy
@@ -39,6 +44,12 @@ class Calendar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     end: date | None = None
     days: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"end {self.end} is before start {self.start}; set a later end")
+        if self.days is not None and self.days < 1:
+            raise ValueError(f"days is {self.days}; set at least 1")
+
 
 class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Cron expressions, in `timezone`."""
@@ -47,6 +58,9 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
     timezone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        check_timezone(self.timezone)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,14 +90,43 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return isinstance(self.source, ShopSourceConfig)
 
     def identity(self) -> str:
-        """What a home is for: source, first day and windows, as canonical JSON."""
-        parts = {"source": self.source, "start": self.calendar.start, "windows": self.windows}
+        """What a home is for: source, first day and windows, as canonical JSON; no passwords."""
+        source = self.source
+        if isinstance(source, TablesSourceConfig):
+            named = {
+                name: msgspec.structs.replace(table, from_=shown(table.from_))
+                for name, table in source.tables.present.items()
+                if table.from_ is not None
+            }
+            tables = msgspec.structs.replace(source.tables, **named)
+            source = msgspec.structs.replace(source, tables=tables)
+        parts = {"source": source, "start": self.calendar.start, "windows": self.windows}
         return msgspec.json.encode(parts, order="deterministic").decode()
 
     def describe_source(self) -> str:
         """The source in a few words, for a person."""
         kind = "built-in shop" if self.is_shop else "own tables"
         return f"{kind} ({', '.join(self.raw_tables)})"
+
+    @property
+    def earliest_feature_day(self) -> date:
+        """The first day whose features do not reach before the start of the data."""
+        return earliest_feature_day(
+            self.calendar.start, self.windows, features_for(self.raw_tables)
+        )
+
+    def require_history(self, last: date) -> None:
+        """Raise UserError when data up to `last` is too short to train, choose and judge on.
+
+        The three cutoffs lie a horizon apart, and the labels of the last need another one.
+        """
+        needed = label_partition(self.earliest_feature_day, 3 * self.windows.horizon_days)
+        if last < needed:
+            raise UserError(
+                f"the history is too short: data from {self.calendar.start} to {last}, and to "
+                f"train and judge a model takes it up to {needed}; set calendar.start, end or days "
+                "for a longer one"
+            )
 
     def history(self, today: date) -> tuple[date, date]:
         """The first and last day of history `make run` brings in.
@@ -116,17 +159,27 @@ def load_settings(path: str | Path | None = None) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{chosen} cannot be read ({error}); check CHURN_CONFIG") from error
     except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise UserError(f"{chosen} is not valid YAML: {where}") from error
+        raise UserError(f"{chosen} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{chosen} is empty; start from churn_assets/config/shop.yaml")
+        raise UserError(
+            f"{chosen} has no settings (keys and values); start from churn_assets/config/shop.yaml"
+        )
+    _refuse_unknown_keys(
+        dict.fromkeys(document), dict.fromkeys(Settings.__struct_fields__), chosen, ""
+    )
     try:
         settings = msgspec.convert(document, Settings)
     except (msgspec.ValidationError, ValueError) as error:
-        raise UserError(f"{chosen}: {error}") from error
+        raise UserError(f"{chosen}: {error}; churn_assets/config has examples") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
     source = resolve_paths(settings.source, chosen.resolve().parent, os.environ)
     return msgspec.structs.replace(settings, source=source)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
+    return " ".join(str(error).split())
 
 
 def _refuse_unknown_keys(given: Any, known: Any, path: Path, where: str) -> None:

@@ -269,7 +269,7 @@ def map_rows(
     that the source does not have.
     """
     types = _column_types(connection, source)
-    _check_source_columns(table, config, types)
+    check_source_columns(table, config, types)
     compiler = _Compiler(types, timezone)
     connection.execute(compiler.mapped(source, table, config))
     if config.exact_duplicates == "quarantine":
@@ -478,7 +478,8 @@ def _column_types(connection: duckdb.DuckDBPyConnection, source: str) -> dict[st
     return {row[0]: str(row[1]) for row in described if row[0] != ROW}
 
 
-def _check_source_columns(table: RawTable, config: TableConfig, present: Iterable[str]) -> None:
+def check_source_columns(table: RawTable, config: TableConfig, present: Iterable[str]) -> None:
+    """Raise UserError when a source with the columns `present` lacks one that `config` names."""
     columns = list(present)
     for column in columns:
         if _RESERVED.fullmatch(column):

@@ -11,6 +11,7 @@ from typing import Literal
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from churn_assets.data.mapping import ROW, sql_name, sql_text
 from churn_assets.errors import UserError
@@ -63,6 +64,22 @@ def format_of(path: Path, format: Format = "auto") -> Literal["csv", "parquet"]:
     if last in (".csv", ".tsv", ".txt"):
         return "csv"
     raise UserError(f"the name of {path} does not tell its format; set format to csv or parquet")
+
+
+def columns_of(
+    path: Path, *, format: Format = "auto", delimiter: str = ",", encoding: str = "utf-8"
+) -> list[str]:
+    """The columns of one file, from its head alone; none of an empty CSV file.
+
+    Raises UserError when it cannot be read.
+    """
+    if format_of(path, format) == "csv":
+        return _header(path, delimiter, encoding)
+    try:
+        return pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read: {first}; is the file complete?") from error
 
 
 def load_files(

@@ -23,12 +23,20 @@ from churn_assets.data.mapping import (
     Mapped,
     TableConfig,
     check_columns,
+    check_source_columns,
     check_timezone,
     map_rows,
     sql_name,
     sql_text,
 )
-from churn_assets.data.readers import CORRUPT_SCHEMA, connect, find_files, load_files, load_query
+from churn_assets.data.readers import (
+    CORRUPT_SCHEMA,
+    columns_of,
+    connect,
+    find_files,
+    load_files,
+    load_query,
+)
 from churn_assets.data.tables import CUSTOMERS, ORDERS, RAW_TABLES
 from churn_assets.data.validation import QUARANTINE_SCHEMA, validate_events
 from churn_assets.data.windows import midnight, partition_interval
@@ -162,6 +170,28 @@ def _located(place: str, base: Path, environment: Mapping[str, str], table: str)
     if scheme in _FILE_DATABASES:
         return f"{scheme}://{base / Path(rest).expanduser()}"
     return filled
+
+
+def check_files(config: SourceConfig) -> None:
+    """Look at the files of a source without reading them: are they there, with their columns?
+
+    Databases are left alone. Raises UserError for the first file or column that is missing.
+    """
+    if isinstance(config, ShopSourceConfig):
+        return
+    for name, table in config.tables.present.items():
+        if table.from_ is None or "://" in table.from_:
+            continue
+        try:
+            first = find_files(table.from_)[0]
+            columns = columns_of(
+                first, format=table.format, delimiter=table.delimiter, encoding=table.encoding
+            )
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        # An empty file is refused when it is read, with what to do.
+        if columns:
+            check_source_columns(RAW_TABLES[name], table, columns)
 
 
 def open_source(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
+from churn_assets.errors import UserError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -27,10 +29,16 @@ class Windows:
 
     activity_days: a customer is in the population of a cutoff with an order in the days before it.
     horizon_days: a customer of the population has churned with no order in the days after it.
+    Raises UserError for a window of no days.
     """
 
     activity_days: int = 90
     horizon_days: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("activity_days", "horizon_days"):
+            if getattr(self, name) < 1:
+                raise UserError(f"windows.{name} is {getattr(self, name)}; set at least 1")
 
 
 def midnight(day: date) -> datetime:

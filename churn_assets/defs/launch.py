@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from typing import NoReturn
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
+from dagster_shared.error import SerializableErrorInfo
 
-from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.windows import days_between, label_partition
 from churn_assets.defs.resources import Project
 from churn_assets.defs.sensors import ENDINGS
@@ -25,6 +33,15 @@ LAUNCHER = {"churn/launched_by": "make run"}
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 
+# What a step prints belongs on this terminal. Dagster would pass it through two processes a step,
+# which cost time, and which a Ctrl-C ends before the run they serve.
+NO_CAPTURE = {
+    "compute_logs": {
+        "module": "dagster._core.storage.noop_compute_log_manager",
+        "class": "NoOpComputeLogManager",
+    }
+}
+
 
 @dataclass
 class Outcome:
@@ -35,6 +52,11 @@ class Outcome:
     seconds: float
     refused_by: dict[str, str] = field(default_factory=dict)
 
+    def require(self) -> None:
+        """Raise UserError when a blocking check did not pass."""
+        for name, reason in self.refused_by.items():
+            raise UserError(f"{name} did not pass: {reason}")
+
 
 @dataclass
 class Launcher:
@@ -43,6 +65,7 @@ class Launcher:
     definitions: dg.Definitions
     instance: DagsterInstance
     project: Project
+    interrupted: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(
@@ -54,7 +77,8 @@ class Launcher:
     ) -> Outcome:
         """Execute `job`, or some of its assets, for a range of days.
 
-        Raises UserError for what a person can mend; any other error of a step is raised as it is.
+        Raises UserError for what a person can mend, KeyboardInterrupt when a person stopped it;
+        any other error of a step is raised as it is.
         """
         tags = dict(LAUNCHER)
         if days:
@@ -67,6 +91,8 @@ class Launcher:
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
         )
+        if self.interrupted():
+            raise KeyboardInterrupt
         seconds = time.monotonic() - started
         self.seconds[stage] = round(self.seconds.get(stage, 0) + seconds, 2)
         refused = {
@@ -79,25 +105,39 @@ class Launcher:
         return Outcome(result.success, result.run_id, seconds, refused)
 
 
-def _raise_failure(result: dg.ExecuteInProcessResult) -> None:
-    for event in result.all_events:
-        if event.is_step_failure:
-            error = event.step_failure_data.error
-            while error is not None and error.cause is not None:
-                error = error.cause
-            if error is not None and error.cls_name == "UserError":
-                raise UserError(error.message.split("UserError: ", 1)[-1].strip())
-            raise RuntimeError(
-                f"{event.step_key} failed in Dagster run {result.run_id}\n"
-                f"{error.to_string() if error else event.message}"
-            )
-    raise RuntimeError(f"Dagster run {result.run_id} failed before its first step")
+def _raise_failure(result: dg.ExecuteInProcessResult) -> NoReturn:
+    steps = [e for e in result.all_events if e.is_step_failure]
+    errors = [e.step_failure_data.error for e in steps]
+    errors += [e.job_failure_data.error for e in result.all_events if e.is_job_failure]
+    for cause in (cause for error in errors for cause in _causes(error)):
+        if cause.cls_name in _names(UserError):
+            raise UserError(cause.message.split(f"{cause.cls_name}: ", 1)[-1].strip())
+    told = next((error.to_string() for error in errors if error), "no step says why")
+    what = steps[0].step_key if steps else "the job"
+    raise RuntimeError(f"{what} failed in Dagster run {result.run_id}\n{told}")
+
+
+def _causes(error: SerializableErrorInfo | None) -> Iterator[SerializableErrorInfo]:
+    """An error and what it was raised from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.cause
+
+
+def _names(kind: type[Exception]) -> set[str]:
+    """The names of an exception class and of all that are made of it."""
+    return {kind.__name__}.union(*(_names(sub) for sub in kind.__subclasses__()))
 
 
 def missing_days(
     launcher: Launcher, asset: str, first: date, last: date
 ) -> tuple[date, date] | None:
-    """The smallest range that holds every day of `asset` that Dagster or the lake does not have."""
+    """The smallest range that holds every day of `asset` that Dagster or the lake does not have.
+
+    All of them, when a blocking check of the asset has last said that they are not to be used.
+    """
+    if failed_checks(launcher, asset):
+        return first, last
     recorded = launcher.instance.get_materialized_partitions(dg.AssetKey(asset))
     stored = set(launcher.project.lake.days(asset))
     lacking = [
@@ -106,6 +146,26 @@ def missing_days(
         if day not in stored or day.isoformat() not in recorded
     ]
     return (lacking[0], lacking[-1]) if lacking else None
+
+
+def failed_checks(launcher: Launcher, asset: str) -> list[str]:
+    """The blocking checks of `asset` that did not pass when they were last evaluated.
+
+    Dagster stops a run at such a check; the next run would find the partitions and go on.
+    """
+    graph = launcher.definitions.resolve_asset_graph()
+    blocking = [
+        key
+        for key in graph.get(dg.AssetKey(asset)).check_keys
+        if graph.get_check_spec(key).blocking
+    ]
+    storage = launcher.instance.event_log_storage
+    records = storage.get_latest_asset_check_execution_by_key(blocking)
+    return [
+        key.name
+        for key, record in records.items()
+        if record.status is AssetCheckExecutionRecordStatus.FAILED
+    ]
 
 
 def close_dead_runs(instance: DagsterInstance) -> list[str]:
@@ -137,24 +197,42 @@ def _reconcile(project: Project, instance: DagsterInstance) -> dict[str, Ending]
     return reconcile(project.mlflow_client(), endings) if endings else {}
 
 
-def check_same_source(project: Project) -> None:
-    """Refuse a home whose lake was filled from another source or calendar.
+@contextlib.contextmanager
+def watch_interrupts() -> Generator[Callable[[], bool]]:
+    """Gives a function that tells whether a Ctrl-C or a SIGTERM has come since the block began.
 
-    Raises UserError; the first run of a home writes down what it is for.
+    Dagster raises an error in the signal handler. Python drops it when it happens to be in a
+    destructor or a weak reference's callback: then the signal is sent once more. What the
+    interpreter writes to the pipe stays, whatever becomes of the error.
     """
-    marker = project.home.root / "source.json"
-    mine = project.settings.identity()
-    if not marker.exists():
-        marker.write_text(mine, encoding="utf-8")
-    elif marker.read_text(encoding="utf-8") != mine:
-        raise UserError(
-            f"{project.home.root} holds the data of another source, calendar or windows; "
-            "set CHURN_HOME to another folder for this configuration"
-        )
+    received, written = os.pipe()
+    os.set_blocking(received, False)
+    os.set_blocking(written, False)
+    before = signal.set_wakeup_fd(written, warn_on_full_buffer=False), sys.unraisablehook
+
+    def interrupted() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return not {signal.SIGINT, signal.SIGTERM}.isdisjoint(os.read(received, 4096))
+        return False
+
+    def once_more(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, DagsterExecutionInterruptedError | KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before[1](dropped)
+
+    sys.unraisablehook = once_more
+    try:
+        yield interrupted
+    finally:
+        signal.set_wakeup_fd(before[0])
+        sys.unraisablehook = before[1]
+        os.close(received)
+        os.close(written)
 
 
 @contextlib.contextmanager
-def _the_truth_in_mlflow(project: Project, instance: DagsterInstance) -> Iterator[None]:
+def _the_truth_in_mlflow(project: Project, instance: DagsterInstance) -> Generator[None]:
     """However the block ends, MLflow's runs say what Dagster's say."""
     try:
         yield
@@ -169,27 +247,30 @@ def run_everything(home: Home) -> None:
     """Materialize the whole graph: what is missing of the data, then a model and all it leads to.
 
     Prints progress and a summary, and writes the summary to `$CHURN_HOME/run/summary.json`.
-    Raises UserError for what a person can mend.
+    The caller holds the home. Raises UserError for what a person can mend, and KeyboardInterrupt
+    when a person stopped it.
     """
     from churn_assets.definitions import defs
 
     project = Project.of(home)
     print(f"home {home.root}\nsource {project.settings.describe_source()}", flush=True)
-    with home.exclusive(), DagsterInstance.get() as instance:
-        check_same_source(project)
-        close_dead_runs(instance)
-        launcher = Launcher(defs, instance, project)
+    reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
+    with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
+        if close_dead_runs(instance):
+            _reconcile(project, instance)
+        launcher = Launcher(defs, instance, project, interrupted)
         _bring_in_data(launcher)
         with _the_truth_in_mlflow(project, instance):
             trained = launcher.run("training", "training")
             if trained.success:
-                launcher.run("bento", "build_bento")
-            elif any(not name.startswith("evaluation_report.") for name in trained.refused_by):
-                name, reason = next(iter(trained.refused_by.items()))
-                raise UserError(f"{name}: {reason}")
-            launcher.run("drift", "drift")
+                launcher.run("bento", "build_bento").require()
+            elif not all(name.startswith("evaluation_report.") for name in trained.refused_by):
+                trained.require()
+            launcher.run("drift", "drift").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
-    home.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    written = home.summary.with_suffix(".tmp")
+    written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    written.replace(home.summary)
     show(summary, home)
 
 
@@ -199,17 +280,12 @@ def _bring_in_data(launcher: Launcher) -> None:
     first, last = settings.history(project.now().date())
     with contextlib.suppress(UserError):
         last = max(last, project.data_time())
-    earliest = earliest_feature_day(first, settings.windows, project.features)
-    first_label = label_partition(earliest, settings.windows.horizon_days)
-    if first_label > last:
-        raise UserError(
-            f"the source covers {first} to {last}; labels need data up to {first_label} at least: "
-            "bring in a longer history"
-        )
+    settings.require_history(last)
+    earliest = settings.earliest_feature_day
     stages = [
         ("raw", settings.raw_tables, first),
         ("features", ("customer_features",), earliest),
-        ("labels", ("churn_labels",), first_label),
+        ("labels", ("churn_labels",), label_partition(earliest, settings.windows.horizon_days)),
     ]
     for stage, assets, since in stages:
         missing = {asset: missing_days(launcher, asset, since, last) for asset in assets}
@@ -217,7 +293,4 @@ def _bring_in_data(launcher: Launcher) -> None:
         if not lacking:
             continue
         days = min(start for start, _ in lacking.values()), max(end for _, end in lacking.values())
-        outcome = launcher.run(stage, "daily_refresh", list(lacking), days)
-        if not outcome.success:
-            name, reason = next(iter(outcome.refused_by.items()))
-            raise UserError(f"{name}: {reason}")
+        launcher.run(stage, "daily_refresh", list(lacking), days).require()

@@ -30,9 +30,13 @@ class StepLines(logging.Handler):
             print(f"{seconds:6.1f} s{verdict}", flush=True)
 
 
-@dg.logger(description="One line a step, for a person at a terminal.")
-def progress(_: dg.InitLoggerContext) -> logging.Logger:
-    """The logger `make run` uses in place of Dagster's console logger."""
+def _progress(_: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.Logger("churn_assets.progress", logging.DEBUG)
     logger.addHandler(StepLines())
     return logger
+
+
+# What `make run` uses in place of Dagster's console logger.
+progress = dg.LoggerDefinition(
+    _progress, description="One line a step, for a person at a terminal."
+)

@@ -90,7 +90,8 @@ def rows_read(instance: dg.DagsterInstance, table: str) -> int | None:
     materialization = event.asset_materialization if event else None
     if materialization is None or "rows_read" not in materialization.metadata:
         return None
-    return int(materialization.metadata["rows_read"].value)
+    value = materialization.metadata["rows_read"].value
+    return value if isinstance(value, int) else None
 
 
 def show(summary: Mapping[str, Any], home: Home) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,8 @@ Format = Literal["auto", "csv", "parquet"]
 CORRUPT_SCHEMA = pa.schema(
     [("file", pa.string()), ("line", pa.int64()), ("problem", pa.string()), ("text", pa.string())]
 )
-"""Corrupt lines: physical line of the file, from 1, what is wrong with it, how it begins."""
+"""Corrupt lines: number within the file, from 1 (a row of several lines counts as one), what is
+wrong with it, how it begins."""
 
 _TEXT_KEPT = 1000
 
@@ -113,17 +115,41 @@ def load_files(
             return CORRUPT_SCHEMA.empty_table()
         types = ", ".join(f"{sql_text(column)}: 'VARCHAR'" for column in columns)
         nulls = "[" + ", ".join(sql_text(value) for value in null_values) + "]"
-        load_query(
-            connection,
-            target,
-            f"""FROM read_csv({names}, auto_detect = false, header = true, columns = {{{types}}},
-                  delim = {sql_text(delimiter)}, quote = '"', escape = '"', nullstr = {nulls},
-                  encoding = {sql_text(encoding)}, store_rejects = true, rejects_limit = 0)""",
-        )
-        return _corrupt_lines(connection)
+        options = f"""auto_detect = false, header = true, columns = {{{types}}},
+            delim = {sql_text(delimiter)}, quote = '"', escape = '"', nullstr = {nulls},
+            encoding = {sql_text(encoding)}, store_rejects = true, rejects_limit = 0"""
+        try:
+            load_query(connection, target, f"FROM read_csv({names}, {options})")
+            return _corrupt_lines(connection)
+        except duckdb.InvalidInputException as error:
+            # What DuckDB says of lines that end in different ways, as of files put together.
+            if "state machine" not in str(error) or encoding == "utf-16":
+                raise
+        with tempfile.TemporaryDirectory() as folder:
+            copies = {f"{folder}/{n}.csv": path for n, path in enumerate(paths)}
+            for copy, path in copies.items():
+                _copy_with_one_line_end(path, Path(copy))
+            names = "[" + ", ".join(sql_text(copy) for copy in copies) + "]"
+            load_query(connection, target, f"FROM read_csv({names}, {options})")
+        corrupt = _corrupt_lines(connection)
+        given = [str(copies[file]) for file in corrupt["file"].to_pylist()]
+        return corrupt.set_column(0, "file", pa.array(given, pa.string()))
     except duckdb.Error as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{shown} cannot be read: {first}; is the file complete?") from error
+
+
+def _copy_with_one_line_end(path: Path, copy: Path) -> None:
+    zipped = path.suffix.lower() == ".gz"
+    with (gzip.open if zipped else open)(path, "rb") as source, copy.open("wb") as target:
+        held = b""
+        while block := source.read(1 << 20):
+            block = held + block
+            # A block may end between the two characters of a line end.
+            held = b"\r" if block.endswith(b"\r") else b""
+            block = block.removesuffix(held)
+            target.write(block.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+        target.write(b"\n" if held else b"")
 
 
 def load_query(connection: duckdb.DuckDBPyConnection, target: str, query: str) -> None:
@@ -148,11 +174,11 @@ def _corrupt_lines(connection: duckdb.DuckDBPyConnection) -> pa.Table:
         f"""SELECT file_path AS file, CAST(line AS BIGINT) AS line,
               replace(arg_min(error_message, error_type), chr(10), ' ') || CASE WHEN swallowed > 0
                 THEN ' It takes in the ' || swallowed || ' lines after it.' ELSE '' END AS problem,
-              left(csv_line, {_TEXT_KEPT}) AS text
-            FROM (SELECT *, length(rtrim(csv_line, chr(10)))
-                    - length(replace(rtrim(csv_line, chr(10)), chr(10), '')) AS swallowed
-                  FROM reject_errors) JOIN reject_scans USING (scan_id, file_id)
-            GROUP BY file_path, line, csv_line, swallowed ORDER BY 1, 2"""
+              left(told, {_TEXT_KEPT}) AS text
+            FROM (SELECT *, length(told) - length(replace(told, chr(10), '')) AS swallowed
+                  FROM (SELECT *, trim(csv_line, chr(10) || chr(13)) AS told FROM reject_errors))
+              JOIN reject_scans USING (scan_id, file_id)
+            GROUP BY file_path, line, told, swallowed ORDER BY 1, 2"""
     ).to_arrow_table()
     return lines.cast(CORRUPT_SCHEMA)
 

@@ -61,7 +61,7 @@ def refresh_raw(
     Raises UserError for what is wrong with the source as a whole; rows that are wrong go to
     quarantine.
     """
-    read = source.read(table, first, last)
+    read = source.read(table, first, last, now)
     checked = validate_events(RAW_TABLES[table], read.events, first, last, now)
     refused = pa.concat_tables([read.quarantined, checked.quarantined])
     store_quarantine(lake, table, first, last, refused)

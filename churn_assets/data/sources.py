@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -73,8 +73,11 @@ class Source(Protocol):
         """The raw tables there are; the others are absent, which is not the same as empty."""
         ...
 
-    def read(self, table: str, first: date, last: date) -> SourceRead:
-        """The events of partitions `first` to `last`, both included."""
+    def read(self, table: str, first: date, last: date, now: datetime | None = None) -> SourceRead:
+        """The events of partitions `first` to `last`, both included.
+
+        With `now` also those after it, wherever they lie: they are for quarantine.
+        """
         ...
 
 
@@ -242,7 +245,7 @@ class ShopSource:
         """The raw tables there are."""
         return tuple(self._shop.tables)
 
-    def read(self, table: str, first: date, last: date) -> SourceRead:
+    def read(self, table: str, first: date, last: date, now: datetime | None = None) -> SourceRead:
         """The events of partitions `first` to `last`, both included."""
         events = self._shop.events(table, first, last)
         return SourceRead(
@@ -263,8 +266,8 @@ class MappedSource:
         """The raw tables there are."""
         return source_tables(self._config)
 
-    def read(self, table: str, first: date, last: date) -> SourceRead:
-        """The events of partitions `first` to `last`, both included.
+    def read(self, table: str, first: date, last: date, now: datetime | None = None) -> SourceRead:
+        """The events of partitions `first` to `last`, both included, and those after `now`.
 
         The whole table is read and mapped, because rows of one event may be anywhere in it. Raises
         UserError when the table cannot be read, is empty, lacks a mapped column or has no usable
@@ -281,7 +284,7 @@ class MappedSource:
         bounds = pa.scalar(first, pa.date32()), pa.scalar(last, pa.date32())
         inside = pc.and_(pc.greater_equal(days, bounds[0]), pc.less_equal(days, bounds[1]))
         quarantined = mapped.quarantined.filter(pc.fill_null(inside, True))
-        events = _within(mapped.events, first, last)
+        events = _within(mapped.events, first, last, now)
         used = pc.sum(events["lines"]).as_py() or 0
         outside = mapped.rows - mapped.filtered - quarantined.num_rows - used
         return SourceRead(
@@ -348,11 +351,14 @@ def _nothing_usable(place: str, mapped: Mapped) -> str:
     )
 
 
-def _within(events: pa.Table, first: date, last: date) -> pa.Table:
+def _within(events: pa.Table, first: date, last: date, now: datetime | None = None) -> pa.Table:
     moments = events["occurred_at"]
     start = pa.scalar(midnight(first), moments.type)
     end = pa.scalar(partition_interval(last).end, moments.type)
-    return events.filter(pc.and_(pc.greater_equal(moments, start), pc.less(moments, end)))
+    wanted = pc.and_(pc.greater_equal(moments, start), pc.less(moments, end))
+    if now is not None:
+        wanted = pc.or_(wanted, pc.greater(moments, pa.scalar(now, moments.type)))
+    return events.filter(wanted)
 
 
 def _first_appearances(orders: pa.Table) -> pa.Table:

@@ -44,7 +44,7 @@ class Faulty:
     def __init__(self, shop: Shop) -> None:
         self._shop = shop
 
-    def read(self, table: str, first: date, last: date) -> SourceRead:
+    def read(self, table: str, first: date, last: date, now: datetime | None = None) -> SourceRead:
         events = self._shop.events(table, first, last)
         if table == "orders":
             amounts = events["amount_minor"].to_pylist()

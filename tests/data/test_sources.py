@@ -22,7 +22,7 @@ from churn_assets.data import sources
 from churn_assets.data.mapping import minor_amounts
 from churn_assets.data.sources import MappedSource, SourceConfig, open_source
 from churn_assets.data.tables import CUSTOMERS, ORDERS
-from churn_assets.data.validation import QUARANTINE_SCHEMA
+from churn_assets.data.validation import QUARANTINE_SCHEMA, validate_events
 from churn_assets.errors import UserError
 
 FIRST, LAST = date(2024, 1, 1), date(2024, 1, 31)
@@ -125,6 +125,66 @@ def test_a_quote_never_closed_says_how_much_it_takes_in(tmp_path):
     text = HEADER + 'a,c,2024-01-01,1\nb,"c,2024-01-01,1\n' + "x,c,2024-01-01,1\n" * 5
     read = csv_source(text, tmp_path).read("orders", FIRST, LAST)
     assert "the 5 lines after it" in read.quarantined["detail"][0].as_py()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_lines_may_end_in_different_ways(tmp_path, zipped):
+    text = "".join(f"{n},c,2024-01-01,1\r\n" for n in range(3))
+    text = (
+        HEADER + text + 'short\r\nlong,c,2024-01-01,1,9\nx,"c\nd",2024-01-01,1\nopen,"c\n'
+    ).encode()
+    path = tmp_path / ("o.csv.gz" if zipped else "o.csv")
+    path.write_bytes(gzip.compress(text) if zipped else text)
+    read = source(path, tmp_path).read("orders", FIRST, LAST)
+    assert read.events["order_id"].to_pylist() == ["0", "1", "2", "x"]
+    assert reasons(read) == {"corrupt_line": 3}
+    details = read.quarantined["detail"].to_pylist()
+    assert [detail.split(":")[0] for detail in details] == [f"line {n}" for n in (5, 6, 8)]
+    assert not any("takes in" in detail for detail in details)
+    assert json.loads(read.quarantined["row"][0].as_py())["text"] == "short"
+    assert accounted(read)
+
+
+def test_line_ends_across_blocks_are_made_one(tmp_path):
+    # The block read at a time ends between the two characters of a line end.
+    before = HEADER + "a,c,2024-01-01,1\n"
+    filler = "y" * ((1 << 20) - len(before) - len("b,,2024-01-01,1") - 1)
+    text = f"{before}b,{filler},2024-01-01,1\r\nd,c,2024-01-01,1\n"
+    assert text[(1 << 20) - 1] == "\r"
+    read = csv_source(text, tmp_path).read("orders", FIRST, LAST)
+    assert read.events["order_id"].to_pylist() == ["a", "b", "d"]
+    assert not read.quarantined.num_rows
+
+
+def test_what_lies_after_now_is_handed_over_for_quarantine(tmp_path):
+    text = HEADER + "a,c,2024-01-01,1\nf,c,2124-01-01,1\nz,c,2024-03-01,1\n"
+    now = datetime(2024, 6, 1, tzinfo=UTC)
+    read = csv_source(text, tmp_path).read("orders", FIRST, LAST, now)
+    assert read.events["order_id"].to_pylist() == ["a", "f"]
+    assert read.outside == 1
+    checked = validate_events(ORDERS, read.events, FIRST, LAST, now)
+    assert checked.quarantined["reason"].to_pylist() == ["future_occurred_at"]
+
+
+def test_files_are_looked_at_before_they_are_read(tmp_path):
+    def look(**orders):
+        config = {"orders": {"from": str(tmp_path / "o.csv"), "columns": COLUMNS, **orders}}
+        config["customers"] = {"derive_from": "orders"}
+        sources.check_files(msgspec.convert({"kind": "tables", "tables": config}, SourceConfig))
+
+    with pytest.raises(UserError, match=r"orders: there is no file .*o\.csv"):
+        look()
+    (tmp_path / "o.csv").write_text(HEADER + "not,a,sound\n")
+    look()
+    with pytest.raises(UserError, match=r"has no column Amount .did you mean amount"):
+        look(columns={**COLUMNS, "amount": "Amount"})
+    pq.write_table(pa.table({"id": ["a"], "customer": ["c"], "at": ["x"]}), tmp_path / "o.parquet")
+    with pytest.raises(UserError, match="has no column amount"):
+        look(**{"from": str(tmp_path / "o.parquet")})
+    (tmp_path / "o.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot be read.*is the file complete"):
+        look(**{"from": str(tmp_path / "o.parquet")})
+    look(**{"from": "postgresql://nowhere/db", "table": "t"})
 
 
 def test_another_encoding_can_be_named(tmp_path):

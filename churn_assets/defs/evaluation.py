@@ -7,7 +7,7 @@ import dagster as dg
 import msgspec
 
 from churn_assets.data.training_set import restore_training_set
-from churn_assets.defs.metadata import gates_table, plot, scores_table
+from churn_assets.defs.metadata import figures_table, gates_table, plot, scores_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.defs.training import split_of
@@ -92,7 +92,7 @@ def evaluation_report(
             "version": trained_model.version,
             "gates": gates_table(record.gates),
             "figures": scores_table(judged.evaluation),
-            "latency": latency.figures(),
+            "latency": figures_table([latency.figures() | {"requests": latency.requests}]),
             **{name: plot(png, name) for name, png in judged.plots.items()},
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(trained_model.mlflow_run)),
         },

@@ -18,10 +18,10 @@ from churn_assets.data.refresh import (
 from churn_assets.defs.metadata import (
     add_rows_per_day,
     check_outcome,
-    counts_table,
     feature_schema,
     label_schema,
     plot,
+    quarantine_counts,
     sample,
 )
 from churn_assets.defs.partitions import DAILY, SETTINGS, days_before, look_back, partition_range
@@ -95,7 +95,7 @@ def customer_features(
     newest = project.lake.read("customer_features", last, last)
     context.add_asset_metadata(
         {
-            "sample": sample(done.sample),
+            "sample": sample(newest),
             "distributions": plot(
                 feature_distributions(newest, names, title=f"Customers on {last}"), "distributions"
             ),
@@ -103,11 +103,7 @@ def customer_features(
         partition_key=last.isoformat(),
     )
     return dg.MaterializeResult(
-        metadata={
-            "rows": sum(done.rows.values()),
-            "rows_quarantined": sum(done.quarantined.values()),
-            "quarantined_by_reason": counts_table(done.quarantined, "reason"),
-        },
+        metadata={"rows": sum(done.rows.values())} | quarantine_counts(done.quarantined),
         check_results=[
             check_outcome(check_feature_schema(project.lake, FEATURES, last), name="schema"),
             check_outcome(judge_null_ratios(done.null_ratios, SETTINGS.data_gate), name="nulls"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 
 import dagster as dg
@@ -90,25 +90,43 @@ def training_schema(features: Sequence[Feature] = FEATURES) -> dg.TableSchema:
 
 
 def sample(rows: pa.Table) -> dg.TableMetadataValue:
-    """The first few rows of a table."""
-    head = rows.slice(0, SAMPLE_ROWS)
+    """A few rows of a table, from its beginning to its end."""
+    step = max(1, rows.num_rows // SAMPLE_ROWS)
+    picked = rows.take(list(range(0, rows.num_rows, step))[:SAMPLE_ROWS])
     records = [
-        dg.TableRecord(
-            {k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()}
-        )
-        for r in head.to_pylist()
+        dg.TableRecord({name: _cell(value) for name, value in row.items()})
+        for row in picked.to_pylist()
     ]
-    schema = dg.TableSchema([dg.TableColumn(field.name, str(field.type)) for field in head.schema])
+    schema = dg.TableSchema(
+        [dg.TableColumn(field.name, str(field.type)) for field in picked.schema]
+    )
     return dg.MetadataValue.table(records, schema=schema)
 
 
-def counts_table(counts: Mapping[str, int], what: str) -> dg.TableMetadataValue:
-    """A count by name, largest first."""
-    schema = dg.TableSchema([dg.TableColumn(what, "string"), dg.TableColumn("rows", "int")])
+def _cell(value: Any) -> str | int | float | bool:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M}"
+    if isinstance(value, float):
+        return round(value, 4)
+    return value if isinstance(value, int) else "" if value is None else str(value)
+
+
+def quarantine_counts(counts: Mapping[str, int]) -> dict[str, Any]:
+    """Metadata on the rows in quarantine: how many and, when there are any, for which reason."""
+    if not counts:
+        return {"rows_quarantined": 0}
+    columns = [dg.TableColumn("reason", "string"), dg.TableColumn("rows", "int")]
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return dg.MetadataValue.table(
-        [dg.TableRecord({what: name, "rows": count}) for name, count in ordered], schema=schema
+    by_reason = dg.MetadataValue.table(
+        [dg.TableRecord({"reason": reason, "rows": count}) for reason, count in ordered],
+        schema=dg.TableSchema(columns),
     )
+    return {"rows_quarantined": sum(counts.values()), "quarantined_by_reason": by_reason}
+
+
+def day_list(days: Sequence[date]) -> str:
+    """Days on one line."""
+    return ", ".join(day.isoformat() for day in days)
 
 
 def add_rows_per_day(context: dg.AssetExecutionContext, rows: Mapping[date, int]) -> None:
@@ -196,14 +214,12 @@ def drift_table(report: DriftReport) -> dg.TableMetadataValue:
         [
             {
                 "feature": f.feature,
-                "verdict": f.verdict,
-                "severity": f.severity,
                 "ks_statistic": f.statistic,
+                "severity": f.severity,
+                "verdict": f.verdict,
                 "p_value": f.p_value,
-                "reference_mean": f.reference_mean,
-                "current_mean": f.current_mean,
-                "reference_rows": f.reference_rows,
-                "current_rows": f.current_rows,
+                "mean_then": f.reference_mean,
+                "mean_now": f.current_mean,
             }
             for f in report.features
         ]

@@ -65,7 +65,6 @@ def drift_report(
             "reason": report.reason,
             "features": drift_table(report),
             "evidently": dg.MetadataValue.url(project.report_url(path)),
-            "page": dg.MetadataValue.path(str(path)),
             "reference_rows": len(reference),
             "current_rows": current.num_rows,
         },

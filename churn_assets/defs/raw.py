@@ -4,7 +4,7 @@ import dagster as dg
 
 from churn_assets.data.refresh import refresh_raw
 from churn_assets.data.tables import RAW_TABLES, RawTable
-from churn_assets.defs.metadata import add_rows_per_day, counts_table, raw_schema, sample
+from churn_assets.defs.metadata import add_rows_per_day, quarantine_counts, raw_schema, sample
 from churn_assets.defs.partitions import DAILY, SETTINGS, partition_range
 from churn_assets.defs.resources import Project
 
@@ -34,9 +34,8 @@ def raw_asset(table: RawTable) -> dg.AssetsDefinition:
                 "rows": sum(done.rows.values()),
                 "rows_read": done.rows_read,
                 "rows_filtered": done.filtered,
-                "rows_quarantined": sum(done.quarantined.values()),
-                "quarantined_by_reason": counts_table(done.quarantined, "reason"),
             }
+            | quarantine_counts(done.quarantined)
         )
 
     return raw

@@ -113,7 +113,9 @@ class Project:
         """Where MLflow's UI shows a run under `make up`."""
         client = self.mlflow_client()
         experiment = client.get_run(run_id).info.experiment_id
-        return f"{MLFLOW.url}#/experiments/{experiment}/runs/{run_id}"
+        # MLflow's UI begins in its mode for language models unless told.
+        mode = "workflowType=machine_learning"
+        return f"{MLFLOW.url}#/experiments/{experiment}/runs/{run_id}?{mode}"
 
     def report_url(self, path: Path) -> str:
         """Where `make up` serves a page of the home's reports."""

@@ -13,7 +13,13 @@ from churn_assets.data.training_set import (
     store_training_set,
 )
 from churn_assets.defs.features import FEATURES
-from churn_assets.defs.metadata import candidates_table, check_outcome, sample, training_schema
+from churn_assets.defs.metadata import (
+    candidates_table,
+    check_outcome,
+    day_list,
+    sample,
+    training_schema,
+)
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.home import PROJECT_ROOT
@@ -89,7 +95,7 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
             "dagster/row_count": record.rows,
             "churn_rate": record.churn_rate,
             "data_hash": record.data_hash,
-            "train_cutoffs": [day.isoformat() for day in record.train],
+            "train_cutoffs": day_list(record.train),
             "validation_cutoff": record.validation.isoformat(),
             "test_cutoff": record.test.isoformat(),
             "sample": sample(assembled.table),

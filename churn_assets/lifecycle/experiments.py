@@ -80,7 +80,12 @@ def ensure_experiment(client: MlflowClient, artifacts: Path) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         return experiment.experiment_id
-    return client.create_experiment(EXPERIMENT, artifact_location=artifacts.resolve().as_uri())
+    return client.create_experiment(
+        EXPERIMENT,
+        artifact_location=artifacts.resolve().as_uri(),
+        # MLflow's UI shows the experiment as one of models, not of language-model traces.
+        tags={"mlflow.experimentKind": "custom_model_development"},
+    )
 
 
 def reconcile(client: MlflowClient, endings: Mapping[str, Ending]) -> dict[str, Ending]:

@@ -138,7 +138,7 @@ def _write_workspace(home: Home, code_port: int) -> None:
     _workspace(home).write_text(yaml.safe_dump(document), encoding="utf-8")
 
 
-def run_all(home: Home) -> int:
+def run_all(home: Home, stop_timeout: float = STOP_TIMEOUT_S) -> int:
     """Run everything until Ctrl-C or until one process ends; returns the exit code.
 
     0 when a person stopped it, or else that of the process that ended. Raises UserError when a port
@@ -147,7 +147,7 @@ def run_all(home: Home) -> int:
     """
     check_ports()
     running: dict[str, subprocess.Popen] = {}
-    with _stop_asked_for() as asked, _family() as token:
+    with _stop_asked_for() as asked, _family(stop_timeout) as token:
         environment = os.environ | home.environment() | _SETTLED | {MARKER: token}
         code_port = free_port()
         _write_workspace(home, code_port)
@@ -181,7 +181,7 @@ def members(token: str) -> list[psutil.Process]:
     return found
 
 
-def stop(token: str, timeout: float = STOP_TIMEOUT_S) -> None:
+def stop(token: str, timeout: float) -> None:
     """End every process with this marker; kill what has not gone after `timeout` seconds.
 
     Again and again, as a process may start another one while it is asked to stop.
@@ -201,14 +201,14 @@ def stop(token: str, timeout: float = STOP_TIMEOUT_S) -> None:
 
 
 @contextlib.contextmanager
-def _family() -> Generator[str]:
+def _family(stop_timeout: float) -> Generator[str]:
     """A new marker; at the end, every process that carries it is ended.
 
     A guard waits for this process to close a pipe, which the kernel does too when it is killed.
     """
     token = secrets.token_hex(8)
     guard = subprocess.Popen(
-        [sys.executable, "-m", "churn_assets.up", token],
+        [sys.executable, "-m", "churn_assets.up", token, str(stop_timeout)],
         cwd=PROJECT_ROOT,
         stdin=subprocess.PIPE,
         start_new_session=True,
@@ -216,7 +216,7 @@ def _family() -> Generator[str]:
     try:
         yield token
     finally:
-        stop(token)
+        stop(token, stop_timeout)
         guard.communicate()
 
 
@@ -280,4 +280,4 @@ def _listens(port: int) -> bool:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    stop(sys.argv[1])
+    stop(sys.argv[1], float(sys.argv[2]))

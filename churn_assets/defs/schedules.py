@@ -58,11 +58,14 @@ def refreshed_up_to(project: Project) -> date | None:
 
 
 def refresh_request(first: date, last: date) -> dg.RunRequest:
-    """One run for all the days, so that none of them runs before the day it looks back to."""
-    run_key = f"refresh-{first}-{last}"
+    """One run for all the days, so that none of them runs before the day it looks back to.
+
+    Without a run key: Dagster makes a tick's run once anyway, and a key would keep the next tick
+    from trying a day again whose run failed.
+    """
     if first == last:
-        return dg.RunRequest(run_key=run_key, partition_key=first.isoformat())
-    return dg.RunRequest(run_key=run_key, tags=range_tags(first, last))
+        return dg.RunRequest(partition_key=first.isoformat())
+    return dg.RunRequest(tags=range_tags(first, last))
 
 
 @dg.schedule(

@@ -94,11 +94,33 @@ class Proof:
     latency_ms: float
 
 
+@dataclass(frozen=True)
+class OnlineStore:
+    """Where a service looks customers up, and how old what it finds there may be.
+
+    `location` is the path of a SQLite file or a redis:// URL. `max_age_hours` are hours of data
+    time; `when_stale` is `refuse` or `flag`.
+    """
+
+    location: str
+    max_age_hours: float = 36.0
+    when_stale: str = "refuse"
+
+    def environment(self) -> dict[str, str]:
+        """The settings as the service reads them."""
+        return {
+            "CHURN_ONLINE_STORE": self.location,
+            "CHURN_MAX_AGE_HOURS": f"{self.max_age_hours:g}",
+            "CHURN_WHEN_STALE": self.when_stale,
+        }
+
+
 @contextlib.contextmanager
 def serve(
     target: Path | str,
     release_dir: Path | None = None,
     *,
+    online: OnlineStore | None = None,
     bentoml_home: Path | None = None,
     port: int | None = None,
     scratch: Path | None = None,
@@ -107,7 +129,8 @@ def serve(
     """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
-    `bentoml_home`. Without `port` a free one is taken. What the service writes goes into a folder
+    `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
+    Without `port` a free one is taken. What the service writes goes into a folder
     of its own in `scratch` (default: the system's temporary folder), removed at the end. However
     the block ends, no process of the service is left. Raises UserError when the port is taken, or
     with what its log says when the service does not start.
@@ -119,6 +142,7 @@ def serve(
             _running(
                 _resolve(target, bentoml_home),
                 release_dir,
+                online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
                 sink=sink.fileno(),
@@ -129,8 +153,10 @@ def serve(
             yield url
 
 
-def serve_newest(home: Home, port: int) -> None:
+def serve_newest(home: Home, port: int, online: OnlineStore | None = None) -> None:
     """Serve the newest bento of `home` on `port`, in the foreground; waits until there is one.
+
+    It need not wait for the online store: the service answers requests by id once there is one.
 
     Ends, with every process of the service, on SIGINT and SIGTERM. Raises UserError when the port
     is taken or the service stops by itself.
@@ -143,7 +169,7 @@ def serve_newest(home: Home, port: int) -> None:
         time.sleep(1)
     with (
         tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
-        _running(bento.path, None, port, scratch=Path(scratch)) as (process, url),
+        _running(bento.path, None, online, port, scratch=Path(scratch)) as (process, url),
     ):
         print(f"{bento.tag} answers at {url}/predict", flush=True)
         code = process.wait()
@@ -275,6 +301,7 @@ def _resolve(target: Path | str, bentoml_home: Path | None) -> Path:
 def _running(
     directory: Path,
     release_dir: Path | None,
+    online: OnlineStore | None,
     port: int,
     *,
     scratch: Path,
@@ -291,7 +318,7 @@ def _running(
     process = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         cwd=scratch,
-        env=_environment(directory, release_dir, scratch),
+        env=_environment(directory, release_dir, online, scratch),
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,
@@ -306,8 +333,11 @@ def _running(
         _stop(process, family)
 
 
-def _environment(directory: Path, release_dir: Path | None, scratch: Path) -> dict[str, str]:
-    unwanted = ("PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT")
+def _environment(
+    directory: Path, release_dir: Path | None, online: OnlineStore | None, scratch: Path
+) -> dict[str, str]:
+    unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
+    unwanted |= OnlineStore("").environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {
         "BENTOML_HOME": str(scratch / "bentoml"),
@@ -321,6 +351,8 @@ def _environment(directory: Path, release_dir: Path | None, scratch: Path) -> di
         environment["PYTHONPATH"] = str(directory.parent.parent)
     if release_dir is not None:
         environment["CHURN_RELEASE_DIR"] = str(release_dir.resolve())
+    if online is not None:
+        environment |= online.environment()
     return environment
 
 

@@ -161,11 +161,12 @@ def test_a_bento_served_from_its_tag_answers_as_its_source_does(
 ) -> None:
     source = service.Served(read_release(release_of_three.directory))
     good = json.dumps({name: VALID[name] for name in ("customer_id", *THREE)}).encode()
+    source_answer = msgspec.json.encode(source.predict(source.decoder.decode(good)))
     with serve(bento.tag, bentoml_home=store) as url:
         answer = ask(url, good)
         refused = [ask(url, changed(total_orders_30d="3")), ask(url, json.dumps(VALID).encode())]
         health = json.loads(_get(url, "/health"))
-    assert (answer.status, answer.content) == (200, msgspec.json.encode(source.predict(good)))
+    assert (answer.status, answer.content) == (200, source_answer)
     assert answer.json()["model_version"] == "3-features"
     assert [r.status for r in refused] == [422, 422]
     assert [r.json()["error"]["field"] for r in refused] == [
@@ -237,7 +238,7 @@ sys.path.insert(0, sys.argv[1])
 import service
 from pathlib import Path
 served = service.Served(service.read_release(Path(sys.argv[2])))
-served.predict(sys.argv[3].encode())
+served.predict(served.decoder.decode(sys.argv[3].encode()))
 origins = {n: getattr(m, "__file__", None) for n, m in sys.modules.items()}
 print(json.dumps({n: f for n, f in origins.items() if not n.startswith("_")}))
 """

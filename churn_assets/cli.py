@@ -86,15 +86,18 @@ def training_set(model_version: str | None, data_hash: str | None, out: Path | N
     """Bring a training set back and check its hash."""
     if (model_version is None) == (data_hash is None):
         raise UserError("name the training set by --model-version or by --hash, one of them")
-    from churn_assets.data.lake import Lake
+    from churn_assets.data.lake import open_lake
     from churn_assets.lifecycle import lineage
+    from churn_assets.settings import load_settings
 
     home = Home.from_environment()
     if model_version is not None:
         client, name = _registry(home)
         data_hash = lineage.data_hash_of(client, name, model_version)
     assert data_hash is not None
-    restored = lineage.restore(Lake(str(home.lake)), data_hash, out)
+    settings = load_settings()
+    lake = open_lake(settings.lake or str(home.lake), settings.lake_endpoint_url)
+    restored = lineage.restore(lake, data_hash, out)
     click.echo(f"{restored.rows:,} rows, hash {restored.data_hash} checked")
     for part in restored.changed:
         click.echo(f"  changed in the lake since: {part.table} {part.day}")

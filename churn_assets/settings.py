@@ -17,7 +17,9 @@ from churn_assets.data.sources import (
     ShopSourceConfig,
     SourceConfig,
     resolve_paths,
+    resolve_place,
     source_tables,
+    without_passwords,
 )
 from churn_assets.data.windows import Windows
 from churn_assets.errors import UserError
@@ -54,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     source: SourceConfig
     calendar: Calendar
+    lake: str | None = None
+    lake_endpoint_url: str | None = None
     team: str = "growth"
     use_case: str = "customer churn"
     model_name: str = "churn"
@@ -76,8 +80,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return isinstance(self.source, ShopSourceConfig)
 
     def identity(self) -> str:
-        """What a home is for: source, first day and windows, as canonical JSON."""
-        parts = {"source": self.source, "start": self.calendar.start, "windows": self.windows}
+        """What a home is for: source, first day and windows, as canonical JSON, without secrets."""
+        source = without_passwords(self.source)
+        parts = {"source": source, "start": self.calendar.start, "windows": self.windows}
         return msgspec.json.encode(parts, order="deterministic").decode()
 
     def describe_source(self) -> str:
@@ -125,8 +130,16 @@ def load_settings(path: str | Path | None = None) -> Settings:
     except (msgspec.ValidationError, ValueError) as error:
         raise UserError(f"{chosen}: {error}") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
-    source = resolve_paths(settings.source, chosen.resolve().parent, os.environ)
-    return msgspec.structs.replace(settings, source=source)
+    base = chosen.resolve().parent
+    source = resolve_paths(settings.source, base, os.environ)
+    lake, endpoint = (
+        resolve_place(place, base, os.environ, key) if place else None
+        for key, place in (
+            ("lake", settings.lake),
+            ("lake_endpoint_url", settings.lake_endpoint_url),
+        )
+    )
+    return msgspec.structs.replace(settings, source=source, lake=lake, lake_endpoint_url=endpoint)
 
 
 def _refuse_unknown_keys(given: Any, known: Any, path: Path, where: str) -> None:

@@ -138,9 +138,9 @@ def _reconcile(project: Project, instance: DagsterInstance) -> dict[str, Ending]
 
 
 def check_same_source(project: Project) -> None:
-    """Refuse a home whose lake was filled from another source or calendar.
+    """Refuse a home, or a lake of its own, that was filled from another source or calendar.
 
-    Raises UserError; the first run of a home writes down what it is for.
+    Raises UserError; the first run of a home, and of a lake, writes down what it is for.
     """
     marker = project.home.root / "source.json"
     mine = project.settings.identity()
@@ -151,6 +151,18 @@ def check_same_source(project: Project) -> None:
             f"{project.home.root} holds the data of another source, calendar or windows; "
             "set CHURN_HOME to another folder for this configuration"
         )
+    if project.settings.lake is None:
+        return
+    try:
+        theirs = project.lake.get_bytes("about", "source.json").decode()
+    except FileNotFoundError:
+        project.lake.put("about", "source.json", mine.encode())
+    else:
+        if theirs != mine:
+            raise UserError(
+                f"the lake {project.settings.lake} holds the data of another source, calendar or "
+                "windows; set lake to another prefix for this configuration"
+            )
 
 
 @contextlib.contextmanager

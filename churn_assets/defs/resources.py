@@ -15,7 +15,7 @@ import ibis
 import msgspec
 
 from churn_assets.contract.features import Feature, features_for
-from churn_assets.data.lake import Lake
+from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
 from churn_assets.data.windows import labelled_partition
 from churn_assets.errors import UserError
@@ -48,8 +48,8 @@ class Project:
 
     @cached_property
     def lake(self) -> Lake:
-        """The partitioned tables of this home."""
-        return Lake(str(self.home.lake))
+        """The partitioned tables: in this home, or where the settings say."""
+        return open_lake(self.settings.lake or str(self.home.lake), self.settings.lake_endpoint_url)
 
     @cached_property
     def source(self) -> Source:

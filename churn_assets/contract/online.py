@@ -240,11 +240,15 @@ class _Reader:
         codec = self._codec
         assert codec is not None, "the state was read"
         record, rows = self._fetch_rows(codec.fingerprint, customer_ids)
-        if record != self._record and (
-            record is None or decode_state(record).fingerprint != codec.fingerprint
-        ):
+        if not self._is_of(record, codec.fingerprint):
             raise OnlineSchemaChanged("it has turned to another feature set this moment")
         return [None if row is None else codec.decode(row) for row in rows]
+
+    def _is_of(self, record: bytes | None, fingerprint: str) -> bool:
+        """Whether the store, by its state `record`, still has the feature set of `fingerprint`."""
+        if record == self._record:
+            return True
+        return record is not None and decode_state(record).fingerprint == fingerprint
 
     def _fetch_state(self) -> bytes | None:
         raise NotImplementedError
@@ -287,7 +291,8 @@ class SqliteOnlineReader(_Reader):
             try:
                 record = self._select_state(connection)
                 found: dict[str, bytes] = {}
-                if record is not None and customer_ids and fingerprint:
+                # The table of another feature set than the store's need not be there any more.
+                if customer_ids and fingerprint and self._is_of(record, fingerprint):
                     table = rows_table(self._namespace, fingerprint)
                     found = _select_rows(connection, table, customer_ids)
             finally:

@@ -176,11 +176,11 @@ def serve_newest(home: Home, port: int, online: OnlineStore | None = None) -> No
     raise UserError(f"the churn service stopped with exit code {code}; its log above says why")
 
 
-def ask(base_url: str, body: bytes | dict) -> Answer:
-    """POST one prediction request. Raises UserError when nobody answers."""
+def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:
+    """POST one request. Raises UserError when nobody answers."""
     connection = _connect(base_url)
     try:
-        return _post(connection, _encoded(body))
+        return _post(connection, _encoded(body), path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"no answer from {base_url} ({error}); is the service running?") from error
     finally:
@@ -419,9 +419,9 @@ def _connect(base_url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or HOST, parts.port, timeout=REQUEST_TIMEOUT_S)
 
 
-def _post(connection: http.client.HTTPConnection, body: bytes) -> Answer:
+def _post(connection: http.client.HTTPConnection, body: bytes, path: str = "/predict") -> Answer:
     started = time.perf_counter()
-    connection.request("POST", "/predict", body, {"content-type": "application/json"})
+    connection.request("POST", path, body, {"content-type": "application/json"})
     response = connection.getresponse()
     content = response.read()
     return Answer(response.status, content, (time.perf_counter() - started) * 1000)

@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
+from churn_assets.contract.online import is_redis
 from churn_assets.data.gate import GatePolicy
 from churn_assets.data.sources import (
     ShopSourceConfig,
@@ -51,6 +52,40 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timezone: str = "UTC"
 
 
+class OnlineStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the newest features are kept for serving.
+
+    url: the path of the SQLite file (default: in CHURN_HOME), or a redis:// URL.
+    """
+
+    kind: Literal["sqlite", "redis"] = "sqlite"
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "redis" and not self.url:
+            raise ValueError("online_store.url is needed: redis://host:6379/0 or ${VARIABLE}")
+
+
+class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How old features may be that a service takes from the online store, in hours of data time.
+
+    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so.
+    """
+
+    max_age_hours: float = 36.0
+    when_stale: Literal["refuse", "flag"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_age_hours <= 876_000:
+            raise ValueError(f"serving.max_age_hours is {self.max_age_hours}; give hours above 0")
+
+
+class FeastSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """registry: a path (default: in CHURN_HOME), or the URL of a database, such as Postgres."""
+
+    registry: str | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that is configured. See churn_assets/config/shop.yaml for each key."""
 
@@ -64,6 +99,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 42
     windows: Windows = Windows()
     data_gate: GatePolicy = GatePolicy()
+    online_store: OnlineStoreSettings = OnlineStoreSettings()
+    serving: ServingSettings = ServingSettings()
+    feast: FeastSettings = FeastSettings()
     training: TrainingPolicy = TrainingPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     drift: DriftPolicy = DriftPolicy()
@@ -78,6 +116,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_shop(self) -> bool:
         """Whether the source is the built-in shop."""
         return isinstance(self.source, ShopSourceConfig)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether data time is the wall clock: the source has neither ended nor is it simulated."""
+        return not self.is_shop and self.calendar.end is None
 
     def identity(self) -> str:
         """What a home is for: source, first day and windows, as canonical JSON, without secrets."""
@@ -131,15 +174,23 @@ def load_settings(path: str | Path | None = None) -> Settings:
         raise UserError(f"{chosen}: {error}") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
     base = chosen.resolve().parent
-    source = resolve_paths(settings.source, base, os.environ)
-    lake, endpoint = (
-        resolve_place(place, base, os.environ, key) if place else None
-        for key, place in (
-            ("lake", settings.lake),
-            ("lake_endpoint_url", settings.lake_endpoint_url),
-        )
+
+    def place(key: str, value: str | None) -> str | None:
+        return resolve_place(value, base, os.environ, key) if value else None
+
+    online, feast = settings.online_store, settings.feast
+    settings = msgspec.structs.replace(
+        settings,
+        source=resolve_paths(settings.source, base, os.environ),
+        lake=place("lake", settings.lake),
+        lake_endpoint_url=place("lake_endpoint_url", settings.lake_endpoint_url),
+        online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
+        feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
     )
-    return msgspec.structs.replace(settings, source=source, lake=lake, lake_endpoint_url=endpoint)
+    url = settings.online_store.url
+    if url and is_redis(url) != (online.kind == "redis"):
+        raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    return settings
 
 
 def _refuse_unknown_keys(given: Any, known: Any, path: Path, where: str) -> None:

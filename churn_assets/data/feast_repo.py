@@ -8,8 +8,10 @@ a model's version names. Importing Feast takes seconds, so nothing here does bef
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import random
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from churn_assets.contract.features import Feature
 from churn_assets.contract.online import (
@@ -56,8 +57,9 @@ def feature_service_name(features: Sequence[Feature]) -> str:
 
 def feast_objects(features: Sequence[Feature], lake: Lake) -> list[Any]:
     """Entity, feature view and feature service of `features`, as Feast's objects."""
-    import feast
-    from feast import types
+    with _quiet():
+        import feast
+        from feast import types
 
     entity = feast.Entity(
         name=ENTITY,
@@ -98,8 +100,12 @@ def feast_objects(features: Sequence[Feature], lake: Lake) -> list[Any]:
 
 @dataclass(frozen=True)
 class OnlineLoad:
-    """What a materialization left online: `state` of the store, and whether it is the lake's."""
+    """What a materialization left online.
 
+    rows: of the partition asked for. state: of the store. same: whether it says what the lake says.
+    """
+
+    rows: int
     state: OnlineState
     location: str
     same: CheckResult
@@ -158,12 +164,11 @@ class FeatureRepo:
 
         Raises UserError when the registry cannot be used.
         """
-        from feast import FeatureStore, RepoConfig
+        with _quiet():
+            from feast import FeatureStore, RepoConfig
 
-        if "://" not in self.registry:
-            Path(self.registry).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _silence():
+            with self._locked(), _quiet():
                 store = FeatureStore(config=RepoConfig(**self.config()))
                 store.apply(feast_objects(self.features, self.lake))
         except UserError:
@@ -182,14 +187,15 @@ class FeatureRepo:
         Feast knows none. Raises UserError when the spine names a row twice, or Feast returns other
         rows than it was asked for.
         """
-        from churn_assets.data.offline_store import SPINE_TIME
+        with _quiet():
+            from churn_assets.data.offline_store import SPINE_TIME
 
         names = [feature.name for feature in self.features]
         asked = spine.select([ENTITY, CUTOFF])
         if asked.group_by([ENTITY, CUTOFF]).aggregate([]).num_rows != spine.num_rows:
             raise UserError("a customer and cutoff is twice in the spine; correct its labels")
         entities = asked.rename_columns([ENTITY, SPINE_TIME]).to_pandas()
-        with _silence():
+        with _quiet():
             job = self.store.get_historical_features(
                 entities, self.store.get_feature_service(self.service)
             )
@@ -222,15 +228,30 @@ class FeatureRepo:
             raise UserError(
                 f"there is no partition {day} of {VIEW}; materialize {VIEW} for {day} first"
             )
-        before = self._written()
-        newest = self.store.get_feature_view(VIEW).most_recent_end_time
-        with _silence():
-            if before is not None and newest == before.newest_cutoff < end:
-                self.store.materialize_incremental(end, [VIEW])
+        newest, store = self.newest_online(), self.store
+        with self._locked(), _quiet():
+            store.refresh_registry()
+            reached = store.get_feature_view(VIEW).most_recent_end_time
+            if newest is not None and newest == reached and newest < end:
+                store.materialize_incremental(end, [VIEW])
             else:
-                self.store.materialize(end, end, [VIEW])
+                store.materialize(end, end, [VIEW])
         state = self._publish(end, data_time)
-        return OnlineLoad(state, shown(self.online), self.compare(day))
+        rows = self.lake.row_counts(VIEW, day, day)[day]
+        return OnlineLoad(rows, state, shown(self.online), self.compare(day))
+
+    def newest_online(self) -> datetime | None:
+        """The newest cutoff in the online store, if it holds this feature set.
+
+        Raises UserError when the store cannot be used.
+        """
+        writer = open_writer(self.online)
+        try:
+            state = writer.state()
+        finally:
+            writer.close()
+        mine = feature_set_fingerprint(self.features)
+        return state.newest_cutoff if state is not None and state.fingerprint == mine else None
 
     def compare(self, day: date, sample: int = _SAMPLE) -> CheckResult:
         """Whether a sample of the customers of `day` reads online as it is in the lake.
@@ -274,15 +295,16 @@ class FeatureRepo:
             )
         return CheckResult(True, f"{verdict} as they are in the lake", figures)
 
-    def _written(self) -> OnlineState | None:
-        """The state of the online store, if it holds this feature set."""
-        writer = open_writer(self.online)
-        try:
-            state = writer.state()
-        finally:
-            writer.close()
-        mine = feature_set_fingerprint(self.features)
-        return state if state is not None and state.fingerprint == mine else None
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        """Hold the registry: Feast writes the file in place, and the last writer wins."""
+        if "://" in self.registry:
+            yield
+            return
+        Path(self.registry).parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{self.registry}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _publish(self, newest: datetime, data_time: datetime | None) -> OnlineState:
         codec = RowCodec(self.features)
@@ -297,18 +319,10 @@ class FeatureRepo:
         return state
 
 
-def spine_lost(rows: pa.Table, features: Sequence[Feature]) -> int:
-    """Rows of the spine Feast found no features for."""
-    lost = pc.is_null(rows[features[0].name])
-    for feature in features[1:]:
-        lost = pc.and_(lost, pc.is_null(rows[feature.name]))
-    return pc.sum(lost).as_py() or 0
-
-
 @contextlib.contextmanager
-def _silence() -> Generator[None]:
-    """Feast prints its progress."""
-    with contextlib.redirect_stdout(io.StringIO()):
+def _quiet() -> Generator[None]:
+    """Feast prints its progress, and its modules change the process's warning filters."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         yield
 
 

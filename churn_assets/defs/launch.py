@@ -13,7 +13,7 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from churn_assets.data.features import earliest_feature_day
-from churn_assets.data.windows import days_between, label_partition
+from churn_assets.data.windows import cutoff_of, days_between, label_partition
 from churn_assets.defs.resources import Project
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
@@ -226,10 +226,18 @@ def _bring_in_data(launcher: Launcher) -> None:
     for stage, assets, since in stages:
         missing = {asset: missing_days(launcher, asset, since, last) for asset in assets}
         lacking = {asset: days for asset, days in missing.items() if days}
-        if not lacking:
-            continue
-        days = min(start for start, _ in lacking.values()), max(end for _, end in lacking.values())
-        outcome = launcher.run(stage, "daily_refresh", list(lacking), days)
-        if not outcome.success:
-            name, reason = next(iter(outcome.refused_by.items()))
-            raise UserError(f"{name}: {reason}")
+        if lacking:
+            starts, ends = zip(*lacking.values(), strict=True)
+            _refresh(launcher, stage, list(lacking), (min(starts), max(ends)))
+    online = project.feature_repo.newest_online()
+    if "features" in launcher.seconds or online is None or online < cutoff_of(last):
+        _refresh(launcher, "online", ["online_features"], (last, last))
+
+
+def _refresh(
+    launcher: Launcher, stage: str, assets: Sequence[str], days: tuple[date, date]
+) -> None:
+    outcome = launcher.run(stage, "daily_refresh", assets, days)
+    if not outcome.success:
+        name, reason = next(iter(outcome.refused_by.items()))
+        raise UserError(f"{name}: {reason}")

@@ -46,9 +46,13 @@ def up() -> None:
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
     """Serve the newest bento of this home; waits until there is one."""
-    from churn_assets.lifecycle.serving import serve_newest
+    from churn_assets.lifecycle.serving import OnlineStore, serve_newest
+    from churn_assets.settings import load_settings
 
-    serve_newest(Home.from_environment(), port)
+    home, settings = Home.from_environment(), load_settings()
+    policy = settings.serving
+    location = settings.online_store.url or str(home.online_store)
+    serve_newest(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
 @cli.command("validate-data")

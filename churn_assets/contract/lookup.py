@@ -45,9 +45,6 @@ RETRY_SECONDS = 1
 # A store of another feature set waits for a refresh or for a release, not for a second.
 REFRESH_SECONDS = 60
 
-# How long what the store says of itself is believed.
-_STATE_SECONDS = 1.0
-
 logger = logging.getLogger("bentoml.churn")
 
 
@@ -78,14 +75,6 @@ class AgePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What the store says of itself, and where in its rows the model's features are."""
-
-    state: OnlineState
-    columns: list[int]
-
-
-@dataclass(frozen=True, slots=True)
 class Found:
     """Features to predict from, in the model's order, and what they were stamped with."""
 
@@ -111,12 +100,13 @@ class Lookup:
     ):
         self._open = open_reader
         self._features = features
+        self._wanted = tuple(feature.name for feature in features)
+        self._in_order = list(range(len(features)))
         self._policy = policy
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._reader: OnlineReader | None = None
-        self._known: _Known | None = None
-        self._known_until = self._down_until = -1.0
+        self._down_until = -1.0
         self._down = ""
 
     def find(self, customer_ids: Sequence[str]) -> list[Found | Refusal]:
@@ -127,31 +117,40 @@ class Lookup:
         another feature set.
         """
         try:
+            reader = self._open_reader()
             try:
-                known, rows = self._read(customer_ids)
+                state, rows = reader.look_up(customer_ids)
             except OnlineSchemaChanged:
-                # Most likely since it was last asked: so ask again.
-                self._known = None
-                known, rows = self._read(customer_ids)
+                # Since it was last asked, most likely: so ask again.
+                reader.state()
+                state, rows = reader.look_up(customer_ids)
+            except OnlineRowDamaged:
+                # One of them is; the others need not suffer for it.
+                state = reader.state()
+                rows = [_read_alone(reader, customer_id) for customer_id in customer_ids]
+            columns = self._columns(state)
         except OnlineStoreDown as error:
             raise self._fail(error) from None
         except OnlineStoreError as error:
+            self._note_that_it_answers()
             raise _unusable(error) from None
-        now = known.state.data_time or self._wall_clock()
-        return [self._judge(row, known.columns, now) for row in rows]
+        self._note_that_it_answers()
+        now = state.data_time or self._wall_clock()
+        return [self._judge(row, columns, now) for row in rows]
 
     def health(self) -> OnlineHealth:
         """The state of the store, asked now unless it has just failed."""
         state, reason = None, None
         try:
-            self._known = None
-            _, known = self._ready()
-            state = known.state
+            state = self._open_reader().state()
+            self._note_that_it_answers()
+            self._columns(state)
             reason = self._age_reason(state.newest_cutoff, state.data_time or self._wall_clock())
         except OnlineStoreDown as error:
             self._fail(error)
             reason = self._down
         except OnlineStoreError as error:
+            self._note_that_it_answers()
             reason = str(error)
         except Refusal:
             reason = self._down
@@ -166,48 +165,37 @@ class Lookup:
             reason=reason,
         )
 
-    def _read(
-        self, customer_ids: Sequence[str]
-    ) -> tuple[_Known, Sequence[OnlineRow | Refusal | None]]:
-        reader, known = self._ready()
-        try:
-            return known, reader.read(customer_ids)
-        except OnlineRowDamaged:
-            # One of them is; the others need not suffer for it.
-            return known, [_read_alone(reader, customer_id) for customer_id in customer_ids]
-
-    def _ready(self) -> tuple[OnlineReader, _Known]:
-        """The open reader and what its store says of itself.
-
-        Raises OnlineStoreError, and Refusal while a store that failed is left alone.
-        """
-        now = self._monotonic()
-        if now < self._down_until:
+    def _open_reader(self) -> OnlineReader:
+        """Raises OnlineStoreError, and Refusal while a store that failed is left alone."""
+        if self._monotonic() < self._down_until:
             raise _unavailable()
         if self._reader is None:
-            self._reader, self._known = self._open(), None
-        if self._known is None or now >= self._known_until:
-            self._known = self._ask(self._reader)
-            self._known_until = now + _STATE_SECONDS
-        return self._reader, self._known
+            self._reader = self._open()
+        return self._reader
 
-    def _ask(self, reader: OnlineReader) -> _Known:
-        state = reader.state()
-        if self._down:
-            logger.warning("the online store can be read again")
-            self._down = ""
-        wanted = [feature.name for feature in self._features]
-        if missing := [name for name in wanted if name not in state.features]:
+    def _columns(self, state: OnlineState) -> list[int]:
+        """Where in the rows of a store the model's features are.
+
+        Raises OnlineSchemaChanged when one of them is not.
+        """
+        if state.features == self._wanted:
+            return self._in_order
+        if missing := [name for name in self._wanted if name not in state.features]:
             raise OnlineSchemaChanged(
                 f"it holds {', '.join(state.features)}, this release needs {', '.join(missing)} too"
             )
-        return _Known(state, [state.features.index(name) for name in wanted])
+        return [state.features.index(name) for name in self._wanted]
+
+    def _note_that_it_answers(self) -> None:
+        if self._down:
+            logger.warning("the online store can be read again")
+            self._down = ""
 
     def _fail(self, error: OnlineStoreDown) -> Refusal:
         """Leave the store alone for a while."""
         if not self._down:
             logger.warning("the online store cannot be read: %s", error)
-        reader, self._reader, self._known = self._reader, None, None
+        reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
         self._down = str(error) or type(error).__name__

@@ -95,6 +95,10 @@ class OnlineReader(Protocol):
         """
         ...
 
+    def look_up(self, customer_ids: Sequence[str]) -> tuple[OnlineState, list[OnlineRow | None]]:
+        """As `read`, with the state the store was in at that very moment."""
+        ...
+
     def close(self) -> None:
         """Let go of the store."""
         ...
@@ -235,14 +239,20 @@ class _Reader:
 
     def read(self, customer_ids: Sequence[str]) -> list[OnlineRow | None]:
         """The rows of customers in the order asked; None for one who has none."""
-        if self._codec is None:
-            self.state()
+        return self.look_up(customer_ids)[1]
+
+    def look_up(self, customer_ids: Sequence[str]) -> tuple[OnlineState, list[OnlineRow | None]]:
+        """As `read`, with the state the store was in at that very moment."""
+        state = self._state or self.state()
         codec = self._codec
         assert codec is not None, "the state was read"
         record, rows = self._fetch_rows(codec.fingerprint, customer_ids)
-        if not self._is_of(record, codec.fingerprint):
+        if record is None or not self._is_of(record, codec.fingerprint):
             raise OnlineSchemaChanged("it has turned to another feature set this moment")
-        return [None if row is None else codec.decode(row) for row in rows]
+        if record != self._record:
+            state = decode_state(record)
+            self._record, self._state = record, state
+        return state, [None if row is None else codec.decode(row) for row in rows]
 
     def _is_of(self, record: bytes | None, fingerprint: str) -> bool:
         """Whether the store, by its state `record`, still has the feature set of `fingerprint`."""

@@ -205,6 +205,30 @@ def test_a_feature_set_that_changes_under_a_running_service_is_noticed_at_once(
     assert found_by(lookup).values == list(other["c-1"].values())[:3]
 
 
+def test_a_store_that_comes_back_with_other_features_is_not_called_down(
+    make: Make, path: Path, clock: Clock
+) -> None:
+    lookup = make()
+    assert refusal_of(lookup).retry_after == 1
+    orders, *others = FEATURES
+    for features in (FEATURES[:3], [msgspec.structs.replace(orders, window_days=60), *others]):
+        write(path, *content(features=features))
+        clock.pass_by(timedelta(seconds=1))
+        assert refusal_of(lookup).retry_after == 60
+        assert lookup.health().reachable
+        path.unlink()
+        assert not lookup.health().reachable
+
+
+def test_rows_of_the_next_day_are_those_of_the_next_day_at_once(make: Make, path: Path) -> None:
+    lookup = make()
+    write(path, *content())
+    assert found_by(lookup).cutoff == CUTOFF
+    # No time passes: what the store said of itself a moment ago must not make these early.
+    write(path, *content(newest=CUTOFF + 24 * HOUR, data_time=CUTOFF + 24 * HOUR))
+    assert found_by(lookup).cutoff == CUTOFF + 24 * HOUR
+
+
 def test_features_that_are_defined_differently_are_not_those_of_the_model(
     make: Make, path: Path
 ) -> None:

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.online import is_redis
 from churn_assets.contract.release import read_release
 from churn_assets.contract.response import predict
 from churn_assets.errors import UserError
@@ -109,7 +110,10 @@ class OnlineStore:
     def environment(self) -> dict[str, str]:
         """The settings as the service reads them."""
         return {
-            "CHURN_ONLINE_STORE": self.location,
+            # A service runs in a folder of its own, where a relative path would be another file.
+            "CHURN_ONLINE_STORE": (
+                self.location if is_redis(self.location) else str(Path(self.location).resolve())
+            ),
             "CHURN_MAX_AGE_HOURS": f"{self.max_age_hours:g}",
             "CHURN_WHEN_STALE": self.when_stale,
         }
@@ -337,7 +341,7 @@ def _environment(
     directory: Path, release_dir: Path | None, online: OnlineStore | None, scratch: Path
 ) -> dict[str, str]:
     unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
-    unwanted |= OnlineStore("").environment().keys()
+    unwanted |= OnlineStore("online.db").environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {
         "BENTOML_HOME": str(scratch / "bentoml"),

@@ -9,6 +9,7 @@ object store fetch a file with one request. So nobody ever sees half a partition
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -109,6 +110,18 @@ class Lake:
         present = set(self.days(table))
         return [day for day in days_between(first, last) if day not in present]
 
+    def newest_values(self, table: str, column: str, days: Sequence[date]) -> dict[date, Any]:
+        """The greatest value of `column` in each partition of `days`, from the parquet footers.
+
+        None for a partition without one. Raises UserError when a partition does not exist.
+        """
+        self._require(table, days)
+        with self._reaching(), ThreadPoolExecutor(self._requests) as pool:
+            footers = pool.map(lambda day: self._footer(table, day), days)
+            return {
+                day: _greatest(footer, column) for day, footer in zip(days, footers, strict=True)
+            }
+
     def row_counts(
         self, table: str, first: date | None = None, last: date | None = None
     ) -> dict[date, int]:
@@ -207,8 +220,12 @@ class Lake:
         *,
         day_of: str,
         order_by: Sequence[str] = (),
+        before_replacing: Callable[[list[date]], None] | None = None,
     ) -> dict[date, int]:
         """Replace exactly the partitions [first, last] of `table` by `rows`; rows per day.
+
+        A partition that is byte for byte the same already is left untouched. `before_replacing`
+        hears, before the first is put in place, which existing partitions will say something else.
 
         `day_of` names the column that says which day a row belongs to: a timestamp (UTC), which is
         kept, or the date column `day`, which becomes the directory's name. `order_by` sorts the
@@ -232,10 +249,37 @@ class Lake:
             absent = ((day, empty) for day, count in counts.items() if count == 0)
             for _ in self._write_files(workspace, absent):
                 pass
+            prints = self._fingerprints(table)
+            new, replaced = [], []
+            for day in wanted:
+                if (old := prints(self.path(table, day))) is None:
+                    new.append(day)
+                elif old != prints(f"{workspace}/{day.isoformat()}.tmp"):
+                    replaced.append(day)
+            if replaced and before_replacing is not None:
+                before_replacing(replaced)
             self._place(
-                {f"{workspace}/{day.isoformat()}.tmp": self.path(table, day) for day in wanted}
+                {
+                    f"{workspace}/{day.isoformat()}.tmp": self.path(table, day)
+                    for day in sorted(new + replaced)
+                }
             )
         return counts
+
+    def _fingerprints(self, table: str) -> Callable[[str], str | None]:
+        """A function from the path of a file to what tells its bytes; None where there is none."""
+        if self.on_disk:
+            return _sha256
+        self.filesystem.invalidate_cache()
+        listed = self.filesystem.find(f"{self.base}/{table}", detail=True)
+
+        def told(path: str) -> str | None:
+            if path not in listed:
+                return None
+            # An upload in parts has a tag of another kind, with a dash; it may differ needlessly.
+            return str(listed[path].get("ETag") or uuid.uuid4())
+
+        return told
 
     def put(self, folder: str, name: str, content: pa.Table | bytes) -> str:
         """Store `<root>/<folder>/<name>` beside the tables, whole or not at all; its path.
@@ -251,6 +295,19 @@ class Lake:
                 pq.write_table(content, temporary, filesystem=self.filesystem, compression="zstd")
             self._place({temporary: target})
         return target
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the files that `put` stored in `folder`, sorted."""
+        with self._reaching():
+            self.filesystem.invalidate_cache()
+            paths = self.filesystem.find(f"{self.base}/{folder}")
+        own = (path.removeprefix(f"{self.base}/{folder}/") for path in paths)
+        return sorted(name for name in own if "/" not in name)
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a file that `put` stored; nothing happens when it is gone already."""
+        with self._reaching(), suppress(FileNotFoundError):
+            self.filesystem.rm_file(f"{self.base}/{folder}/{name}")
 
     def get_bytes(self, folder: str, name: str) -> bytes:
         """One file that `put` stored. Raises FileNotFoundError."""
@@ -513,6 +570,25 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
             "lake_endpoint_url or AWS_ENDPOINT_URL, and that the store is up"
         )
     return None
+
+
+def _sha256(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _greatest(footer: pq.FileMetaData, column: str) -> Any:
+    place = footer.schema.to_arrow_schema().get_field_index(column)
+    groups = (footer.row_group(number).column(place) for number in range(footer.num_row_groups))
+    found = [
+        group.statistics.max
+        for group in groups
+        if group.statistics is not None and group.statistics.has_min_max
+    ]
+    return max(found, default=None)
 
 
 def _changed_at(file: Mapping[str, Any]) -> float:

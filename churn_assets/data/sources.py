@@ -58,7 +58,12 @@ class SourceRead:
 
 
 class Source(Protocol):
-    """Anything that can hand over the raw events of some days."""
+    """Anything that can hand over the raw events of some days.
+
+    An attribute `rereads` may say where to look for late and corrected events: `never`, when what
+    it said of a complete day stays so; `window` (the default), in the newest days; `whole`, on
+    every day, because it reads its whole table whatever it is asked for.
+    """
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -220,6 +225,8 @@ class EventMaker(Protocol):
 class ShopSource:
     """The built-in shop as a source; its rows are events already."""
 
+    rereads = "never"
+
     def __init__(self, shop: EventMaker) -> None:
         self._shop = shop
 
@@ -238,6 +245,8 @@ class ShopSource:
 
 class MappedSource:
     """A team's tables, mapped to events. What it has mapped it keeps until the files change."""
+
+    rereads = "whole"
 
     def __init__(self, config: TablesSourceConfig) -> None:
         self._config = config

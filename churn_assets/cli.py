@@ -61,9 +61,13 @@ def up() -> None:
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
     """Serve the newest bento of this home; waits until there is one."""
-    from churn_assets.lifecycle.serving import serve_newest
+    from churn_assets.lifecycle.serving import OnlineStore, serve_newest
+    from churn_assets.settings import load_settings
 
-    serve_newest(Home.from_environment(), port)
+    home, settings = Home.from_environment(), load_settings()
+    policy = settings.serving
+    location = settings.online_store.url or str(home.online_store)
+    serve_newest(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
 @cli.command("validate-data")
@@ -101,15 +105,18 @@ def training_set(model_version: str | None, data_hash: str | None, out: Path | N
     """Bring a training set back and check its hash."""
     if (model_version is None) == (data_hash is None):
         raise UserError("name the training set by --model-version or by --hash, one of them")
-    from churn_assets.data.lake import Lake
+    from churn_assets.data.lake import open_lake
     from churn_assets.lifecycle import lineage
+    from churn_assets.settings import load_settings
 
     home = Home.from_environment()
     if model_version is not None:
         client, name = _registry(home)
         data_hash = lineage.data_hash_of(client, name, model_version)
     assert data_hash is not None
-    restored = lineage.restore(Lake(str(home.lake)), data_hash, out)
+    settings = load_settings()
+    lake = open_lake(settings.lake or str(home.lake), settings.lake_endpoint_url)
+    restored = lineage.restore(lake, data_hash, out)
     click.echo(f"{restored.rows:,} rows, hash {restored.data_hash} checked")
     for part in restored.changed:
         click.echo(f"  changed in the lake since: {part.table} {part.day}")

@@ -58,6 +58,16 @@ class Home:
         return self.root / "serving" / "releases"
 
     @property
+    def feast_registry(self) -> Path:
+        """Feast's registry, where the settings name no database."""
+        return self.root / "feast" / "registry.db"
+
+    @property
+    def online_store(self) -> Path:
+        """The newest features of every customer, where the settings name no other store."""
+        return self.root / "feast" / "online.db"
+
+    @property
     def records(self) -> Path:
         """What each asset handed to the next, as JSON."""
         return self.root / "records"

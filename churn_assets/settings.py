@@ -7,22 +7,23 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
 from churn_assets.contract.features import features_for
+from churn_assets.contract.online import is_redis
 from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.gate import GatePolicy
 from churn_assets.data.mapping import check_timezone
 from churn_assets.data.sources import (
     ShopSourceConfig,
     SourceConfig,
-    TablesSourceConfig,
     resolve_paths,
-    shown,
+    resolve_place,
     source_tables,
+    without_passwords,
 )
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
@@ -63,17 +64,56 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_timezone(self.timezone)
 
 
+class OnlineStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the newest features are kept for serving.
+
+    url: the path of the SQLite file (default: in CHURN_HOME), or a redis:// URL.
+    """
+
+    kind: Literal["sqlite", "redis"] = "sqlite"
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "redis" and not self.url:
+            raise ValueError("online_store.url is needed: redis://host:6379/0 or ${VARIABLE}")
+
+
+class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How old features may be that a service takes from the online store, in hours of data time.
+
+    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so.
+    """
+
+    max_age_hours: float = 36.0
+    when_stale: Literal["refuse", "flag"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_age_hours <= 876_000:
+            raise ValueError(f"serving.max_age_hours is {self.max_age_hours}; give hours above 0")
+
+
+class FeastSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """registry: a path (default: in CHURN_HOME), or the URL of a database, such as Postgres."""
+
+    registry: str | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that is configured. See churn_assets/config/shop.yaml for each key."""
 
     source: SourceConfig
     calendar: Calendar
+    lake: str | None = None
+    lake_endpoint_url: str | None = None
     team: str = "growth"
     use_case: str = "customer churn"
     model_name: str = "churn"
     seed: int = 42
     windows: Windows = Windows()
     data_gate: GatePolicy = GatePolicy()
+    online_store: OnlineStoreSettings = OnlineStoreSettings()
+    serving: ServingSettings = ServingSettings()
+    feast: FeastSettings = FeastSettings()
     training: TrainingPolicy = TrainingPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     drift: DriftPolicy = DriftPolicy()
@@ -89,17 +129,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether the source is the built-in shop."""
         return isinstance(self.source, ShopSourceConfig)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether data time is the wall clock: the source has neither ended nor is it simulated."""
+        return not self.is_shop and self.calendar.end is None
+
     def identity(self) -> str:
-        """What a home is for: source, first day and windows, as canonical JSON; no passwords."""
-        source = self.source
-        if isinstance(source, TablesSourceConfig):
-            named = {
-                name: msgspec.structs.replace(table, from_=shown(table.from_))
-                for name, table in source.tables.present.items()
-                if table.from_ is not None
-            }
-            tables = msgspec.structs.replace(source.tables, **named)
-            source = msgspec.structs.replace(source, tables=tables)
+        """What a home is for: source, first day and windows, as canonical JSON, without secrets."""
+        source = without_passwords(self.source)
         parts = {"source": source, "start": self.calendar.start, "windows": self.windows}
         return msgspec.json.encode(parts, order="deterministic").decode()
 
@@ -172,8 +209,24 @@ def load_settings(path: str | Path | None = None) -> Settings:
     except (msgspec.ValidationError, ValueError) as error:
         raise UserError(f"{chosen}: {error}; churn_assets/config has examples") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
-    source = resolve_paths(settings.source, chosen.resolve().parent, os.environ)
-    return msgspec.structs.replace(settings, source=source)
+    base = chosen.resolve().parent
+
+    def place(key: str, value: str | None) -> str | None:
+        return resolve_place(value, base, os.environ, key) if value else None
+
+    online, feast = settings.online_store, settings.feast
+    settings = msgspec.structs.replace(
+        settings,
+        source=resolve_paths(settings.source, base, os.environ),
+        lake=place("lake", settings.lake),
+        lake_endpoint_url=place("lake_endpoint_url", settings.lake_endpoint_url),
+        online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
+        feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
+    )
+    url = settings.online_store.url
+    if url and is_redis(url) != (online.kind == "redis"):
+        raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    return settings
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

@@ -22,10 +22,40 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
     model_version: str
 
 
+class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a request by id: the prediction, and the cutoff its features were stamped with.
+
+    `stale` is true for values older than the limit, which are only served where that is configured.
+    """
+
+    customer_id: str
+    churn_probability: float
+    risk_level: RiskLevel
+    model_version: str
+    cutoff: datetime
+    stale: bool
+
+
+class OnlineHealth(msgspec.Struct, frozen=True):
+    """The online store as the service sees it. `reason` says what keeps it from being used.
+
+    `data_time` is what ages are counted to: that of the store, or the wall clock.
+    """
+
+    reachable: bool
+    usable: bool
+    newest_cutoff: datetime | None
+    data_time: datetime | None
+    features: tuple[str, ...] | None
+    max_age_hours: float
+    when_stale: Literal["refuse", "flag"]
+    reason: str | None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source.
+    `bento` is null where the service runs from its source, `online_store` where there is none.
     """
 
     status: Literal["healthy"]
@@ -35,10 +65,11 @@ class Health(msgspec.Struct, frozen=True):
     bento: str | None
     features: tuple[str, ...]
     started_at: datetime
+    online_store: OnlineHealth | None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """What is at fault: a field of the body, or `body`, `content-type`, `method`, `path`."""
+    """What is at fault: a field of the body, `body`, `online_store`, `content-type`, `method`..."""
 
     field: str
     message: str
@@ -48,6 +79,26 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
     """The answer to every refused request."""
 
     error: ErrorDetail
+
+
+class RowErrorDetail(msgspec.Struct, frozen=True):
+    """Why one row of a batch has no prediction; `status` is what it alone would have got."""
+
+    status: int
+    field: str
+    message: str
+
+
+class RowError(msgspec.Struct, frozen=True):
+    """What stands in a batch in place of a prediction."""
+
+    error: RowErrorDetail
+
+
+class BatchAnswer(msgspec.Struct, frozen=True):
+    """The answer to `POST /predict_batch`, in the order of the rows."""
+
+    predictions: list[Prediction | StoredPrediction | RowError]
 
 
 def predict(
@@ -61,6 +112,23 @@ def predict(
     return Prediction(customer_id, rounded, thresholds.level(rounded), model_version)
 
 
+def predict_stored(prediction: Prediction, cutoff: datetime, stale: bool) -> StoredPrediction:
+    """The `prediction` of features stamped with `cutoff`."""
+    return StoredPrediction(
+        prediction.customer_id,
+        prediction.churn_probability,
+        prediction.risk_level,
+        prediction.model_version,
+        cutoff,
+        stale,
+    )
+
+
 def refuse(refusal: Refusal) -> ErrorAnswer:
     """The answer to a refused request."""
     return ErrorAnswer(ErrorDetail(refusal.field, refusal.message))
+
+
+def refuse_row(refusal: Refusal) -> RowError:
+    """What stands in a batch in place of a refused row."""
+    return RowError(RowErrorDetail(refusal.status, refusal.field, refusal.message))

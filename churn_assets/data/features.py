@@ -26,6 +26,7 @@ import pyarrow as pa
 from churn_assets.contract.features import FEATURES, Feature, features_for
 from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.tables import TIMESTAMP
+from churn_assets.data.versions import SUPERSEDED_AT, with_superseded
 from churn_assets.data.windows import Windows, cutoff_of, days_between, midnight
 from churn_assets.errors import UserError
 
@@ -106,6 +107,7 @@ def customer_features(
 
     `tables` are raw tables by name, as `Lake.scan` gives them: with their partition in `day`. They
     must reach back as far as `look_back_days` says; what lies outside of the windows is ignored.
+    With a column superseded_at (data/versions.py) an event counts up to then, where it is not null.
     The features are those `tables` suffice for (contract.features.features_for).
 
     One row per customer of the population (an order in the `activity_days` before the cutoff) and
@@ -175,8 +177,16 @@ def _changes(
     occurred = events[DAY].delta(first, unit="day")
     known = events.ingested_at.delta(midnight(first), unit="microsecond") // _MICROSECONDS_A_DAY
     enters = _cutoff_number(ibis.greatest(occurred, known.fill_null(occurred), 0), step_days)
+
+    def last_seen(days: int) -> Number:
+        if SUPERSEDED_AT not in events.columns:
+            return occurred + days
+        gone = events[SUPERSEDED_AT].delta(midnight(first), unit="microsecond")
+        gone = gone // _MICROSECONDS_A_DAY
+        return ibis.least(occurred + days, gone.fill_null(occurred + days))
+
     leaves = {
-        days: _cutoff_number(occurred + days, step_days)
+        days: _cutoff_number(last_seen(days), step_days)
         for days in dict.fromkeys(total.window_days for total in own)
     }
     moment = events.occurred_at.delta(midnight(first), unit="microsecond")
@@ -246,11 +256,13 @@ def scan_look_back(
     before `data_start` never existed. Raises UserError naming raw partitions that are missing.
     """
     reaches = {table: look_back_days(table, windows) for table in tables}
-    return {
-        table: lake.scan(con, table, max(data_start, first - timedelta(days=reach - 1)), last)
-        for table, reach in reaches.items()
-        if reach
-    }
+    scans = {}
+    for table, reach in reaches.items():
+        if reach:
+            start = max(data_start, first - timedelta(days=reach - 1))
+            events = lake.scan(con, table, start, last)
+            scans[table] = with_superseded(lake, con, table, events, start, last)
+    return scans
 
 
 def earliest_feature_day(

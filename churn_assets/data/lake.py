@@ -2,23 +2,28 @@
 
 Layout: `<root>/<table>/day=YYYY-MM-DD/part-0.parquet`. A partition without rows is a file with the
 schema and no rows, so "empty" and "missing" differ. Writers work in `<root>/<table>/.tmp-*/` and
-rename at the end, so a reader never sees half a partition.
+put whole files in place at the end: by a rename on a disk, by a copy in an object store (which has
+no rename, and where a key holds its old content until all of the new one is there). Readers of an
+object store fetch a file with one request. So nobody ever sees half a partition.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import fsspec
 import ibis
@@ -50,11 +55,12 @@ class Lake:
     """Tables in daily partitions under `root`: a local path, or a URI fsspec understands.
 
     `storage_options` go to fsspec. `clock` (seconds) only decides when the temporaries a killed
-    run left behind on another machine are old enough to be removed.
+    run left behind on another machine are old enough to be removed. Every method raises UserError
+    for an object store that cannot be reached or refuses, or a bucket that is not there.
     """
 
     root: str
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     clock: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
@@ -63,12 +69,29 @@ class Lake:
     @cached_property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The filesystem `root` lies on."""
-        return fsspec.core.url_to_fs(self.root, **self.storage_options)[0]
+        try:
+            return fsspec.core.url_to_fs(self.root, **self.storage_options)[0]
+        except (ImportError, ValueError) as error:
+            scheme = self.root.partition("://")[0]
+            raise UserError(
+                f"the lake {self.root} cannot be opened ({error}); use a path, s3://, or install "
+                f"fsspec's package for {scheme}://"
+            ) from error
 
     @cached_property
     def base(self) -> str:
         """`root` as `filesystem` names it."""
-        return fsspec.core.url_to_fs(self.root, **self.storage_options)[1].rstrip("/")
+        return self.filesystem._strip_protocol(self.root).rstrip("/")
+
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the lake is a folder of this machine, where a rename is atomic."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    @cached_property
+    def _whole_files(self) -> fsspec.AbstractFileSystem:
+        """The filesystem to read partitions from."""
+        return self.filesystem if self.on_disk else _WholeFiles(self.filesystem)
 
     def path(self, table: str, day: date) -> str:
         """Where the partition `day` of `table` is, whether or not it exists."""
@@ -76,8 +99,10 @@ class Lake:
 
     def days(self, table: str) -> list[date]:
         """The partitions of `table` that exist, oldest first."""
-        self.filesystem.invalidate_cache()
-        found = (_PARTITION.search(path) for path in self.filesystem.find(f"{self.base}/{table}"))
+        with self._reaching():
+            self.filesystem.invalidate_cache()
+            paths = self.filesystem.find(f"{self.base}/{table}")
+        found = (_PARTITION.search(path) for path in paths)
         return sorted(date.fromisoformat(match[1]) for match in found if match)
 
     def missing(self, table: str, first: date, last: date) -> list[date]:
@@ -85,12 +110,24 @@ class Lake:
         present = set(self.days(table))
         return [day for day in days_between(first, last) if day not in present]
 
+    def newest_values(self, table: str, column: str, days: Sequence[date]) -> dict[date, Any]:
+        """The greatest value of `column` in each partition of `days`, from the parquet footers.
+
+        None for a partition without one. Raises UserError when a partition does not exist.
+        """
+        self._require(table, days)
+        with self._reaching(), ThreadPoolExecutor(self._requests) as pool:
+            footers = pool.map(lambda day: self._footer(table, day), days)
+            return {
+                day: _greatest(footer, column) for day, footer in zip(days, footers, strict=True)
+            }
+
     def row_counts(
         self, table: str, first: date | None = None, last: date | None = None
     ) -> dict[date, int]:
         """Rows per existing partition of [first, last], from the parquet footers."""
         days = self._existing(table, first, last)
-        with ThreadPoolExecutor(_threads()) as pool:
+        with self._reaching(), ThreadPoolExecutor(self._requests) as pool:
             footers = pool.map(lambda day: self._footer(table, day).num_rows, days)
             return dict(zip(days, footers, strict=True))
 
@@ -100,7 +137,8 @@ class Lake:
         Raises UserError when the partition does not exist.
         """
         self._require(table, [day])
-        return pq.read_schema(self.path(table, day), filesystem=self.filesystem)
+        with self._reaching():
+            return pq.read_schema(self.path(table, day), filesystem=self.filesystem)
 
     def scan(
         self,
@@ -121,9 +159,15 @@ class Lake:
         """
         days = self._wanted(table, first, last, days, strict=strict)
         if days:
-            paths = [self.path(table, day) for day in days]
             duckdb = cast(DuckDBBackend, con)
-            return duckdb.read_parquet(paths, hive_partitioning=True)
+            if self.on_disk:
+                paths = [self.path(table, day) for day in days]
+                return duckdb.read_parquet(paths, hive_partitioning=True)
+            # DuckDB's own reader of object stores is an extension it would have to download.
+            name = f"lake_scan_{uuid.uuid4().hex}"
+            with self._reaching():
+                duckdb.con.register(name, self._dataset(table, days, with_day=True))
+            return duckdb.table(name)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
         schema = RAW_TABLES[table].schema.append(pa.field(DAY, pa.date32()))
@@ -145,7 +189,9 @@ class Lake:
         """
         days = self._wanted(table, first, last, days, strict=strict)
         if days:
-            return self._dataset(table, days).to_table(columns=list(columns) if columns else None)
+            with self._reaching():
+                dataset = self._dataset(table, days)
+                return dataset.to_table(columns=list(columns) if columns else None)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
         empty = RAW_TABLES[table].schema.empty_table()
@@ -161,10 +207,8 @@ class Lake:
     def content_hashes(self, table: str, days: Sequence[date]) -> dict[date, str]:
         """`content_hash` of several partitions at once."""
         self._require(table, days)
-        with ThreadPoolExecutor(_threads()) as pool:
-            hashes = pool.map(
-                lambda day: content_hash(self._dataset(table, [day]).to_table()), days
-            )
+        with self._reaching(), ThreadPoolExecutor(_threads()) as pool:
+            hashes = pool.map(lambda day: content_hash(self._partition(table, day)), days)
             return dict(zip(days, hashes, strict=True))
 
     def write(
@@ -176,14 +220,17 @@ class Lake:
         *,
         day_of: str,
         order_by: Sequence[str] = (),
+        before_replacing: Callable[[list[date]], None] | None = None,
     ) -> dict[date, int]:
         """Replace exactly the partitions [first, last] of `table` by `rows`; rows per day.
+
+        A partition that is byte for byte the same already is left untouched. `before_replacing`
+        hears, before the first is put in place, which existing partitions will say something else.
 
         `day_of` names the column that says which day a row belongs to: a timestamp (UTC), which is
         kept, or the date column `day`, which becomes the directory's name. `order_by` sorts the
         rows of a partition (default: as they come). All files are complete before the first is
-        put in place; each is then put there by a rename, so whatever happens a reader finds the
-        old partition or the new one.
+        put in place, so whatever happens a reader finds the old partition or the new one.
 
         Raises ValueError when a row lies outside of [first, last] or has no day; nothing is
         replaced then.
@@ -202,11 +249,37 @@ class Lake:
             absent = ((day, empty) for day, count in counts.items() if count == 0)
             for _ in self._write_files(workspace, absent):
                 pass
+            prints = self._fingerprints(table)
+            new, replaced = [], []
             for day in wanted:
-                target = self.path(table, day)
-                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self._rename(f"{workspace}/{day.isoformat()}.tmp", target)
+                if (old := prints(self.path(table, day))) is None:
+                    new.append(day)
+                elif old != prints(f"{workspace}/{day.isoformat()}.tmp"):
+                    replaced.append(day)
+            if replaced and before_replacing is not None:
+                before_replacing(replaced)
+            self._place(
+                {
+                    f"{workspace}/{day.isoformat()}.tmp": self.path(table, day)
+                    for day in sorted(new + replaced)
+                }
+            )
         return counts
+
+    def _fingerprints(self, table: str) -> Callable[[str], str | None]:
+        """A function from the path of a file to what tells its bytes; None where there is none."""
+        if self.on_disk:
+            return _sha256
+        self.filesystem.invalidate_cache()
+        listed = self.filesystem.find(f"{self.base}/{table}", detail=True)
+
+        def told(path: str) -> str | None:
+            if path not in listed:
+                return None
+            # An upload in parts has a tag of another kind, with a dash; it may differ needlessly.
+            return str(listed[path].get("ETag") or uuid.uuid4())
+
+        return told
 
     def put(self, folder: str, name: str, content: pa.Table | bytes) -> str:
         """Store `<root>/<folder>/<name>` beside the tables, whole or not at all; its path.
@@ -220,34 +293,84 @@ class Lake:
                 self.filesystem.pipe_file(temporary, content)
             else:
                 pq.write_table(content, temporary, filesystem=self.filesystem, compression="zstd")
-            self._rename(temporary, target)
+            self._place({temporary: target})
         return target
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the files that `put` stored in `folder`, sorted."""
+        with self._reaching():
+            self.filesystem.invalidate_cache()
+            paths = self.filesystem.find(f"{self.base}/{folder}")
+        own = (path.removeprefix(f"{self.base}/{folder}/") for path in paths)
+        return sorted(name for name in own if "/" not in name)
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a file that `put` stored; nothing happens when it is gone already."""
+        with self._reaching(), suppress(FileNotFoundError):
+            self.filesystem.rm_file(f"{self.base}/{folder}/{name}")
 
     def get_bytes(self, folder: str, name: str) -> bytes:
         """One file that `put` stored. Raises FileNotFoundError."""
-        return self.filesystem.cat_file(f"{self.base}/{folder}/{name}")
+        with self._reaching():
+            return self._whole_files.cat_file(f"{self.base}/{folder}/{name}")
 
     def get_table(self, folder: str, name: str) -> pa.Table:
         """One table that `put` stored. Raises FileNotFoundError, or ArrowInvalid when damaged."""
-        return pq.read_table(f"{self.base}/{folder}/{name}", filesystem=self.filesystem)
+        with self._reaching():
+            return pq.read_table(f"{self.base}/{folder}/{name}", filesystem=self._whole_files)
 
     @contextmanager
     def _workspace(self, folder: str) -> Generator[str]:
         """A folder for temporaries inside `folder`; first sweeps away those of killed runs."""
-        self._sweep(folder)
         name = f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         workspace = f"{self.base}/{folder}/{name}"
-        self.filesystem.makedirs(workspace, exist_ok=True)
-        try:
-            yield workspace
-        finally:
-            self.filesystem.rm(workspace, recursive=True)
+        with self._reaching():
+            self._sweep(folder)
+            if self.on_disk:
+                # An object store has no folders, and would make a bucket that is not there.
+                self.filesystem.makedirs(workspace)
+            try:
+                yield workspace
+            finally:
+                with suppress(FileNotFoundError):
+                    self.filesystem.rm(workspace, recursive=True)
 
-    def _rename(self, source: str, target: str) -> None:
-        if isinstance(self.filesystem, LocalFileSystem):
+    def _place(self, targets: Mapping[str, str]) -> None:
+        """Put the complete files (keys) where readers look for them (values)."""
+        if not self.on_disk:
+            self.filesystem.copy(list(targets), list(targets.values()))
+            return
+        for source, target in targets.items():
+            os.makedirs(os.path.dirname(target), exist_ok=True)
             os.replace(source, target)
-        else:
-            self.filesystem.mv(source, target)
+
+    @contextmanager
+    def _reaching(self) -> Generator[None]:
+        """Say what a person can do about an object store that does not answer as it should."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            told = None if self.on_disk else _store_error(error, self.root, self._endpoint)
+            if told is None:
+                raise
+            raise told from error
+
+    @property
+    def _endpoint(self) -> str:
+        given = self.storage_options.get("endpoint_url")
+        return (
+            given
+            or os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL")
+            or "AWS"
+        )
+
+    @property
+    def _requests(self) -> int:
+        """How many files to ask for at once: an object store is slow to answer, not busy."""
+        return _threads() if self.on_disk else 16
 
     def _write_files(
         self,
@@ -268,10 +391,10 @@ class Lake:
             return day, part.num_rows
 
         pending: set[Future[tuple[date, int]]] = set()
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(self._requests) as pool:
             for day, part in parts:
                 pending.add(pool.submit(write, day, part))
-                if len(pending) > 4 * _threads():
+                if len(pending) > 4 * self._requests:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             yield from (future.result() for future in wait(pending).done)
@@ -279,25 +402,44 @@ class Lake:
     def _sweep(self, table: str) -> None:
         """Remove what killed runs left behind; leave the workspaces of runs still at work."""
         folder = f"{self.base}/{table}"
+        self.filesystem.invalidate_cache()
         if not self.filesystem.isdir(folder):
             return
-        self.filesystem.invalidate_cache()
         for entry in self.filesystem.ls(folder, detail=True):
             match = _WORKSPACE.search(entry["name"])
             if match and self._abandoned(entry, match["host"], int(match["pid"])):
                 self.filesystem.rm(entry["name"], recursive=True)
 
     def _abandoned(self, entry: dict[str, Any], host: str, pid: int) -> bool:
-        if host == socket.gethostname():
-            return not _alive(pid)
-        return self.clock() - float(entry.get("mtime") or 0) > _ABANDONED_AFTER_SECONDS
+        if self.on_disk:
+            if host == socket.gethostname():
+                return not _alive(pid)
+            changed = [float(entry["mtime"])]
+        else:
+            # Machines that share a bucket may share a name too, so only the age counts; and only
+            # the files of a folder have one.
+            files = self.filesystem.find(entry["name"], detail=True).values()
+            changed = [_changed_at(file) for file in files]
+        return all(self.clock() - moment > _ABANDONED_AFTER_SECONDS for moment in changed)
+
+    def _partition(self, table: str, day: date) -> pa.Table:
+        path = self.path(table, day)
+        with pq.ParquetFile(path, filesystem=self._whole_files) as file:
+            return file.read()
 
     def _footer(self, table: str, day: date) -> pq.FileMetaData:
         return pq.read_metadata(self.path(table, day), filesystem=self.filesystem)
 
-    def _dataset(self, table: str, days: Sequence[date]) -> ds.Dataset:
+    def _dataset(self, table: str, days: Sequence[date], with_day: bool = False) -> ds.Dataset:
         paths = [self.path(table, day) for day in days]
-        return ds.dataset(paths, filesystem=self.filesystem, format="parquet")
+        day = ds.partitioning(pa.schema([(DAY, pa.date32())]), flavor="hive") if with_day else None
+        return ds.dataset(
+            paths,
+            filesystem=self._whole_files,
+            format="parquet",
+            partitioning=day,
+            partition_base_dir=f"{self.base}/{table}",
+        )
 
     def _existing(self, table: str, first: date | None, last: date | None) -> list[date]:
         return [
@@ -331,6 +473,128 @@ class Lake:
         if days:
             present = set(self._existing(table, min(days), max(days)))
             _refuse_missing(table, [day for day in days if day not in present])
+
+
+class _WholeFiles(fsspec.AbstractFileSystem):
+    """Reads every file of `inner` with one request: one version of it, also while it is replaced.
+
+    A reader that asked for ranges would find the footer of one version and the columns of another.
+    """
+
+    protocol = "churn-lake"
+    cachable = False
+
+    def __init__(self, inner: fsspec.AbstractFileSystem) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        """That it is a file: who reads one has just listed it, and finds out with the content."""
+        return {"name": path, "type": "file", "size": None}
+
+    def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> io.BytesIO:
+        return io.BytesIO(self.cat_file(path))
+
+    def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
+        """The content of a file. s3fs would fetch a large one in parts, of any version each."""
+        return self._inner.cat_file(path, max_concurrency=1)
+
+
+def open_lake(root: str, endpoint_url: str | None = None) -> Lake:
+    """The lake at `root`: a path, or `s3://bucket/prefix`, at `endpoint_url` where not AWS itself.
+
+    Credentials come from the environment or AWS's own configuration, and from nowhere else. Raises
+    UserError for an address that holds some.
+    """
+    bucket = urlsplit(root) if "://" in root else None
+    for name, url in (
+        ("lake", bucket),
+        ("lake_endpoint_url", urlsplit(endpoint_url or "")),
+        ("AWS_ENDPOINT_URL", urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))),
+    ):
+        if url is not None and "@" in url.netloc:
+            raise UserError(
+                f"{name} holds credentials; remove what is before the @ and set AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY in the environment"
+            )
+    if bucket is None or bucket.scheme not in ("s3", "s3a"):
+        if endpoint_url:
+            raise UserError(
+                f"lake_endpoint_url is set but the lake {root} is not on S3; remove it or set "
+                "lake: s3://bucket/prefix"
+            )
+        return Lake(root)
+    if not bucket.netloc:
+        raise UserError(f"lake: {root} names no bucket; write s3://bucket/prefix")
+    if endpoint_url and urlsplit(endpoint_url).scheme not in ("http", "https"):
+        raise UserError(
+            f"lake_endpoint_url: {endpoint_url} is no address; write it like https://host:port"
+        )
+    options: dict[str, Any] = {
+        "config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 2}}
+    }
+    return Lake(root, options | ({"endpoint_url": endpoint_url} if endpoint_url else {}))
+
+
+def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None:
+    """The words for an error of an object store; None for one that is not the store's."""
+    from botocore import exceptions as aws
+
+    bucket = urlsplit(root).netloc
+    if isinstance(error, FileNotFoundError):
+        if "bucket does not exist" not in str(error):
+            return None
+        return UserError(f"there is no bucket {bucket} at {endpoint}; make it or correct lake")
+    if isinstance(error, PermissionError | aws.ClientError):
+        why = str(error) or type(error).__name__
+        return UserError(
+            f"{endpoint} refuses {root} ({why}); check the bucket's policy and the credentials in "
+            "the environment"
+        )
+    if isinstance(
+        error,
+        aws.NoCredentialsError
+        | aws.PartialCredentialsError
+        | aws.CredentialRetrievalError
+        | aws.ProfileNotFound,
+    ):
+        return UserError(
+            f"there are no usable credentials for {root} ({error}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment, or AWS_PROFILE"
+        )
+    if isinstance(error, aws.HTTPClientError | aws.ConnectionError | ValueError) and (
+        not isinstance(error, ValueError) or "Invalid endpoint" in str(error)
+    ):
+        return UserError(
+            f"the lake {root} cannot be reached at {endpoint} ({type(error).__name__}); check "
+            "lake_endpoint_url or AWS_ENDPOINT_URL, and that the store is up"
+        )
+    return None
+
+
+def _sha256(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _greatest(footer: pq.FileMetaData, column: str) -> Any:
+    place = footer.schema.to_arrow_schema().get_field_index(column)
+    groups = (footer.row_group(number).column(place) for number in range(footer.num_row_groups))
+    found = [
+        group.statistics.max
+        for group in groups
+        if group.statistics is not None and group.statistics.has_min_max
+    ]
+    return max(found, default=None)
+
+
+def _changed_at(file: Mapping[str, Any]) -> float:
+    """When a file of an object store was written, in seconds; now where the store does not say."""
+    moment = file.get("LastModified") or file.get("last_modified") or file.get("created")
+    return moment.timestamp() if isinstance(moment, datetime) else time.time()
 
 
 def _by_day(

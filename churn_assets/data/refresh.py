@@ -22,11 +22,19 @@ from churn_assets.data.features import (
 from churn_assets.data.gate import judge_schema
 from churn_assets.data.labels import churn_labels, label_window_complete, scan_label_inputs
 from churn_assets.data.lake import DAY, Lake
+from churn_assets.data.late import (
+    FEATURES_TABLE,
+    LABELS_TABLE,
+    note_change,
+    noted_changes,
+    settle,
+)
 from churn_assets.data.quarantine import store_quarantine
 from churn_assets.data.schema import features_schema
 from churn_assets.data.sources import Source
 from churn_assets.data.tables import RAW_TABLES
 from churn_assets.data.validation import validate_events, validate_features
+from churn_assets.data.versions import as_known, read_events_known, store_superseded
 from churn_assets.data.windows import Windows, cutoff_of, days_between
 
 if TYPE_CHECKING:
@@ -58,6 +66,9 @@ def refresh_raw(
 ) -> Refreshed:
     """Replace the partitions [first, last] of a raw table by what the source has for them.
 
+    What replaced events said before is kept where the source tells when it learned of them, and
+    that a partition changed is noted for what was made of it.
+
     Raises UserError for what is wrong with the source as a whole; rows that are wrong go to
     quarantine.
     """
@@ -65,12 +76,27 @@ def refresh_raw(
     checked = validate_events(RAW_TABLES[table], read.events, first, last, now)
     refused = pa.concat_tables([read.quarantined, checked.quarantined])
     store_quarantine(lake, table, first, last, refused)
+    events, superseded = checked.valid, None
+    if present := [day for day in lake.days(table) if first <= day <= last]:
+        known = as_known(table, lake.read(table, days=present), events)
+        events, superseded = known.rows, known.superseded
+
+    def before_replacing(days: list[date]) -> None:
+        # In this order, a refresh killed at any point is found unfinished by the next.
+        note_change(lake, table, days)
+        if superseded is not None:
+            store_superseded(lake, table, superseded)
+
     rows = lake.write(
-        table, first, last, checked.valid, day_of="occurred_at", order_by=["occurred_at"]
+        table,
+        first,
+        last,
+        events,
+        day_of="occurred_at",
+        order_by=["occurred_at"],
+        before_replacing=before_replacing,
     )
-    return Refreshed(
-        rows, read.rows_read, read.filtered, count_reasons(refused), _newest(checked.valid)
-    )
+    return Refreshed(rows, read.rows_read, read.filtered, count_reasons(refused), _newest(events))
 
 
 def refresh_features(
@@ -90,6 +116,7 @@ def refresh_features(
     """
     require_look_back(first, data_start, windows, features)
     names = [feature.name for feature in features]
+    notes = noted_changes(lake, FEATURES_TABLE)
     rows: dict[date, int] = {}
     reasons: Counter[str] = Counter()
     nulls: Counter[str] = Counter()
@@ -98,15 +125,22 @@ def refresh_features(
         scans = scan_look_back(lake, con, tables, start, end, windows, data_start=data_start)
         computed = customer_features(scans, start, end, windows).to_pyarrow()
         checked = validate_features(computed, names)
-        store_quarantine(lake, "customer_features", start, end, checked.quarantined)
+        store_quarantine(lake, FEATURES_TABLE, start, end, checked.quarantined)
         rows |= lake.write(
-            "customer_features", start, end, checked.valid, day_of=DAY, order_by=["customer_id"]
+            FEATURES_TABLE,
+            start,
+            end,
+            checked.valid,
+            day_of=DAY,
+            order_by=["customer_id"],
+            before_replacing=lambda days: note_change(lake, FEATURES_TABLE, days),
         )
         read += computed.num_rows
         nulls.update({name: computed[name].null_count for name in names})
         reasons.update(count_reasons(checked.quarantined))
         sample = _newest(checked.valid)
     assert sample is not None, "a range has at least one day"
+    settle(lake, FEATURES_TABLE, notes, first, last, windows)
     ratios = {name: nulls[name] / read if read else 0.0 for name in names}
     return Refreshed(rows, read, 0, dict(reasons), sample, ratios)
 
@@ -118,10 +152,12 @@ def refresh_labels(
 
     Raises UserError when a feature partition or a day of a label window is missing.
     """
+    notes = noted_changes(lake, LABELS_TABLE)
     orders, population = scan_label_inputs(lake, con, first, last, windows)
     labels = churn_labels(orders, population, first, last, windows)
-    rows = lake.write("churn_labels", first, last, labels, day_of=DAY, order_by=["customer_id"])
-    return Refreshed(rows, sum(rows.values()), 0, {}, lake.read("churn_labels", last, last))
+    rows = lake.write(LABELS_TABLE, first, last, labels, day_of=DAY, order_by=["customer_id"])
+    settle(lake, LABELS_TABLE, notes, first, last, windows)
+    return Refreshed(rows, sum(rows.values()), 0, {}, lake.read(LABELS_TABLE, last, last))
 
 
 def check_feature_schema(lake: Lake, features: Sequence[Feature], day: date) -> CheckResult:
@@ -142,7 +178,8 @@ def check_no_event_after_cutoff(
         reach = look_back_days(table, windows)
         if reach:
             first = max(data_start, day - timedelta(days=reach))
-            raw[table] = lake.read(table, first, day + timedelta(days=2), strict=False)
+            last = day + timedelta(days=2)
+            raw[table] = read_events_known(lake, table, first, last, cutoff_of(day))
     features = lake.read("customer_features", day, day)
     return no_event_after_cutoff(features, raw, windows, cutoff=cutoff_of(day))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -66,7 +66,12 @@ class SourceRead:
 
 
 class Source(Protocol):
-    """Anything that can hand over the raw events of some days."""
+    """Anything that can hand over the raw events of some days.
+
+    An attribute `rereads` may say where to look for late and corrected events: `never`, when what
+    it said of a complete day stays so; `window` (the default), in the newest days; `whole`, on
+    every day, because it reads its whole table whatever it is asked for.
+    """
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -148,21 +153,37 @@ def resolve_paths(config: SourceConfig, base: Path, environment: Mapping[str, st
     """
     if isinstance(config, ShopSourceConfig):
         return config
-    located = {
-        name: msgspec.structs.replace(table, from_=_located(table.from_, base, environment, name))
+    return _with_places(
+        config,
+        lambda table, place: resolve_place(place, base, environment, f"source.tables.{table}.from"),
+    )
+
+
+def without_passwords(config: SourceConfig) -> SourceConfig:
+    """`config` as it may be written down: the passwords in its URLs masked."""
+    if isinstance(config, ShopSourceConfig):
+        return config
+    return _with_places(config, lambda _, place: shown(place))
+
+
+def _with_places(
+    config: TablesSourceConfig, place: Callable[[str, str], str]
+) -> TablesSourceConfig:
+    placed = {
+        name: msgspec.structs.replace(table, from_=place(name, table.from_))
         for name, table in config.tables.present.items()
         if table.from_ is not None
     }
-    tables = msgspec.structs.replace(config.tables, **located)
+    tables = msgspec.structs.replace(config.tables, **placed)
     return msgspec.structs.replace(config, tables=tables)
 
 
-def _located(place: str, base: Path, environment: Mapping[str, str], table: str) -> str:
+def resolve_place(place: str, base: Path, environment: Mapping[str, str], key: str) -> str:
+    """A path or URL of the configuration's `key`, as `resolve_paths` does. Raises UserError."""
+
     def value(found: re.Match[str]) -> str:
         if not environment.get(found[1]):
-            raise UserError(
-                f"source.tables.{table}.from needs ${{{found[1]}}}; set that environment variable"
-            )
+            raise UserError(f"{key} needs ${{{found[1]}}}; set that environment variable")
         return environment[found[1]]
 
     filled = re.sub(r"\$\{(\w+)\}", value, place)
@@ -237,6 +258,8 @@ class EventMaker(Protocol):
 class ShopSource:
     """The built-in shop as a source; its rows are events already."""
 
+    rereads = "never"
+
     def __init__(self, shop: EventMaker) -> None:
         self._shop = shop
 
@@ -255,6 +278,8 @@ class ShopSource:
 
 class MappedSource:
     """A team's tables, mapped to events. What it has mapped it keeps until the files change."""
+
+    rereads = "whole"
 
     def __init__(self, config: TablesSourceConfig) -> None:
         self._config = config

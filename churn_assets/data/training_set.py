@@ -6,14 +6,16 @@ it `<hash>.json`, the manifest with every lake partition it was made of.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from churn_assets.contract.features import Feature
 from churn_assets.data.checks import CheckResult
@@ -50,6 +52,7 @@ class TrainingSetManifest(msgspec.Struct, frozen=True):
     activity_days: int
     horizon_days: int
     partitions: tuple[PartitionContent, ...]
+    feature_service: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,14 @@ def assemble_training_set(
     feature_days: Sequence[date],
     windows: Windows,
     features: Sequence[Feature],
+    *,
+    retrieve: Callable[[pa.Table], pa.Table] | None = None,
+    feature_service: str | None = None,
 ) -> TrainingSet:
     """The features of `feature_days` with their labels, sorted by cutoff and customer.
+
+    `retrieve` appends the features to the labels (customer_id, cutoff, churned), as a feature store
+    does, null where it has none; without it they are joined here. `feature_service` is noted.
 
     Raises UserError for a partition of features or labels that is missing, or that lacks one of
     `features`.
@@ -87,19 +96,22 @@ def assemble_training_set(
     label_days = [label_partition(day, windows.horizon_days) for day in days]
     names = [feature.name for feature in features]
     rows = lake.scan(con, FEATURES_TABLE, days=days)
+    labels = lake.scan(con, LABELS_TABLE, days=label_days).drop(DAY)
     absent = [name for name in names if name not in rows.columns]
     if absent:
         raise UserError(
             f"customer_features of {days[0]} has no column {absent[0]}; "
             f"materialize customer_features again for {days[0]} to {days[-1]}"
         )
-    labels = lake.scan(con, LABELS_TABLE, days=label_days)
-    joined = rows.drop(DAY).inner_join(labels.drop(DAY), ["customer_id", "cutoff"])
-    table = (
-        joined.select("customer_id", "cutoff", *names, "churned")
-        .order_by("cutoff", "customer_id")
-        .to_pyarrow()
-    )
+    columns = ["customer_id", "cutoff", *names, "churned"]
+    if retrieve is None:
+        joined = rows.drop(DAY).inner_join(labels, ["customer_id", "cutoff"])
+        table = joined.select(columns).order_by("cutoff", "customer_id").to_pyarrow()
+    else:
+        retrieved = _found(retrieve(labels.to_pyarrow()), names)
+        table = retrieved.select(columns).sort_by(
+            [("cutoff", "ascending"), ("customer_id", "ascending")]
+        )
     partitions = (
         *_partitions(lake, FEATURES_TABLE, days),
         *_partitions(lake, LABELS_TABLE, label_days),
@@ -112,6 +124,7 @@ def assemble_training_set(
         activity_days=windows.activity_days,
         horizon_days=windows.horizon_days,
         partitions=partitions,
+        feature_service=feature_service,
     )
     return TrainingSet(table, manifest, no_row_lost(manifest))
 
@@ -188,6 +201,12 @@ def changed_partitions(lake: Lake, manifest: TrainingSetManifest) -> tuple[Parti
         now = lake.content_hashes(table, [part.day for part in parts if part.day in present])
         changed += [part for part in parts if now.get(part.day) != part.content_hash]
     return tuple(changed)
+
+
+def _found(rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The rows of the spine the feature store knew anything of: the others are lost."""
+    known = [pc.is_valid(rows[name]) for name in names]
+    return rows.filter(functools.reduce(pc.or_, known))
 
 
 def _partitions(lake: Lake, table: str, days: Sequence[date]) -> list[PartitionContent]:

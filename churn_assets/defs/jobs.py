@@ -9,9 +9,11 @@ EXCLUSIVE = {"churn/exclusive": "training"}
 
 daily_refresh = dg.define_asset_job(
     "daily_refresh",
-    selection=dg.AssetSelection.assets(*SETTINGS.raw_tables, "customer_features", "churn_labels"),
+    selection=dg.AssetSelection.assets(
+        *SETTINGS.raw_tables, "customer_features", "churn_labels", "online_features"
+    ),
     partitions_def=DAILY,
-    description="A day's events, its features, and the labels that mature with it.",
+    description="A day's events, its features, also online, and the labels that mature with it.",
 )
 training = dg.define_asset_job(
     "training",

@@ -21,7 +21,7 @@ from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster_shared.error import SerializableErrorInfo
 
-from churn_assets.data.windows import days_between, label_partition
+from churn_assets.data.windows import cutoff_of, days_between, label_partition
 from churn_assets.defs.resources import Project
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
@@ -231,6 +231,26 @@ def watch_interrupts() -> Generator[Callable[[], bool]]:
         os.close(written)
 
 
+def claim_lake(project: Project) -> None:
+    """Refuse a lake of its own that was filled from another source or calendar.
+
+    Raises UserError; the first run writes down what the lake is for.
+    """
+    if project.settings.lake is None:
+        return
+    mine = project.settings.identity()
+    try:
+        theirs = project.lake.get_bytes("about", "source.json").decode()
+    except FileNotFoundError:
+        project.lake.put("about", "source.json", mine.encode())
+    else:
+        if theirs != mine:
+            raise UserError(
+                f"the lake {project.settings.lake} holds the data of another source, calendar or "
+                "windows; set lake to another prefix for this configuration"
+            )
+
+
 @contextlib.contextmanager
 def _the_truth_in_mlflow(project: Project, instance: DagsterInstance) -> Generator[None]:
     """However the block ends, MLflow's runs say what Dagster's say."""
@@ -256,6 +276,7 @@ def run_everything(home: Home) -> None:
     print(f"home {home.root}\nsource {project.settings.describe_source()}", flush=True)
     reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
     with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
+        claim_lake(project)
         if close_dead_runs(instance):
             _reconcile(project, instance)
         launcher = Launcher(defs, instance, project, interrupted)
@@ -290,7 +311,10 @@ def _bring_in_data(launcher: Launcher) -> None:
     for stage, assets, since in stages:
         missing = {asset: missing_days(launcher, asset, since, last) for asset in assets}
         lacking = {asset: days for asset, days in missing.items() if days}
-        if not lacking:
-            continue
-        days = min(start for start, _ in lacking.values()), max(end for _, end in lacking.values())
-        launcher.run(stage, "daily_refresh", list(lacking), days).require()
+        if lacking:
+            starts, ends = zip(*lacking.values(), strict=True)
+            days = min(starts), max(ends)
+            launcher.run(stage, "daily_refresh", list(lacking), days).require()
+    online = project.feature_repo.newest_online()
+    if "features" in launcher.seconds or online is None or online < cutoff_of(last):
+        launcher.run("online", "daily_refresh", ["online_features"], (last, last)).require()

@@ -15,7 +15,8 @@ import ibis
 import msgspec
 
 from churn_assets.contract.features import Feature, features_for
-from churn_assets.data.lake import Lake
+from churn_assets.data.feast_repo import FeatureRepo
+from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
 from churn_assets.data.windows import labelled_partition
 from churn_assets.errors import UserError
@@ -48,8 +49,25 @@ class Project:
 
     @cached_property
     def lake(self) -> Lake:
-        """The partitioned tables of this home."""
-        return Lake(str(self.home.lake))
+        """The partitioned tables: in this home, or where the settings say."""
+        return open_lake(self.settings.lake or str(self.home.lake), self.settings.lake_endpoint_url)
+
+    @property
+    def online_location(self) -> str:
+        """The path of the SQLite file, or the URL, of the online store."""
+        return self.settings.online_store.url or str(self.home.online_store)
+
+    @cached_property
+    def feature_repo(self) -> FeatureRepo:
+        """The feature store of this home. Feast is imported when it is first asked."""
+        return FeatureRepo(
+            self.lake,
+            self.features,
+            registry=self.settings.feast.registry or str(self.home.feast_registry),
+            online=self.online_location,
+            live=self.settings.is_live,
+            spill=str(self.home.root / "tmp"),
+        )
 
     @cached_property
     def source(self) -> Source:

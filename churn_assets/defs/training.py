@@ -40,7 +40,7 @@ def split_of(record: TrainingSetRecord) -> Split:
 
 @dg.asset(
     group_name=GROUP,
-    kinds={"duckdb", "parquet", "mlflow"},
+    kinds={"feast", "parquet", "mlflow"},
     owners=OWNERS,
     deps=["customer_features", "churn_labels"],
     metadata={"dagster/column_schema": training_schema(FEATURES)},
@@ -63,7 +63,7 @@ def split_of(record: TrainingSetRecord) -> Split:
     ],
 )
 def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]):
-    """The rows a model is trained, chosen and judged on: features and labels of exact partitions.
+    """The rows a model is trained, chosen and judged on: labels, and Feast's features as of then.
 
     The newest labelled cutoff judges, the one a horizon before it chooses, those before train. The
     set is kept under its content hash, so that `churn training-set` can bring it back.
@@ -75,7 +75,15 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
     )
     names = [feature.name for feature in FEATURES]
     with project.engine() as con:
-        assembled = assemble_training_set(project.lake, con, split.days, SETTINGS.windows, FEATURES)
+        assembled = assemble_training_set(
+            project.lake,
+            con,
+            split.days,
+            SETTINGS.windows,
+            FEATURES,
+            retrieve=project.feature_repo.training_rows,
+            feature_service=project.feature_repo.service,
+        )
     record = TrainingSetRecord(
         data_hash=assembled.data_hash,
         rows=assembled.table.num_rows,
@@ -95,6 +103,7 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
             "dagster/row_count": record.rows,
             "churn_rate": record.churn_rate,
             "data_hash": record.data_hash,
+            "feature_service": project.feature_repo.service,
             "train_cutoffs": day_list(record.train),
             "validation_cutoff": record.validation.isoformat(),
             "test_cutoff": record.test.isoformat(),

@@ -24,7 +24,15 @@ from churn_assets.contract.release import MANIFEST, Release, read_release
 from churn_assets.errors import UserError
 
 BENTO_NAME = "churn"
-SERVICE_REQUIREMENTS = ("bentoml", "httptools", "msgspec", "numpy", "onnxruntime", "uvloop")
+SERVICE_REQUIREMENTS = (
+    "bentoml",
+    "httptools",
+    "msgspec",
+    "numpy",
+    "onnxruntime",
+    "redis",
+    "uvloop",
+)
 
 _BUILD_TIMEOUT_S = 120
 _LATEST = "latest"
@@ -138,7 +146,7 @@ def _stage_code(context: Path, project_root: Path) -> str:
 
 def _bentofile() -> bytes:
     """The build's description, as JSON, which is YAML."""
-    description = "Churn probability of one customer: POST /predict, GET /health."
+    description = "Churn probability: POST /predict, POST /predict_batch, GET /health."
     return json.dumps(
         {
             "service": "service:Churn",

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.online import is_redis
 from churn_assets.contract.release import read_release
 from churn_assets.contract.response import predict
 from churn_assets.errors import UserError
@@ -94,11 +95,36 @@ class Proof:
     latency_ms: float
 
 
+@dataclass(frozen=True)
+class OnlineStore:
+    """Where a service looks customers up, and how old what it finds there may be.
+
+    `location` is the path of a SQLite file or a redis:// URL. `max_age_hours` are hours of data
+    time; `when_stale` is `refuse` or `flag`.
+    """
+
+    location: str
+    max_age_hours: float = 36.0
+    when_stale: str = "refuse"
+
+    def environment(self) -> dict[str, str]:
+        """The settings as the service reads them."""
+        return {
+            # A service runs in a folder of its own, where a relative path would be another file.
+            "CHURN_ONLINE_STORE": (
+                self.location if is_redis(self.location) else str(Path(self.location).resolve())
+            ),
+            "CHURN_MAX_AGE_HOURS": f"{self.max_age_hours:g}",
+            "CHURN_WHEN_STALE": self.when_stale,
+        }
+
+
 @contextlib.contextmanager
 def serve(
     target: Path | str,
     release_dir: Path | None = None,
     *,
+    online: OnlineStore | None = None,
     bentoml_home: Path | None = None,
     port: int | None = None,
     scratch: Path | None = None,
@@ -107,7 +133,8 @@ def serve(
     """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
-    `bentoml_home`. Without `port` a free one is taken. What the service writes goes into a folder
+    `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
+    Without `port` a free one is taken. What the service writes goes into a folder
     of its own in `scratch` (default: the system's temporary folder), removed at the end. However
     the block ends, no process of the service is left. Raises UserError when the port is taken, or
     with what its log says when the service does not start.
@@ -119,6 +146,7 @@ def serve(
             _running(
                 _resolve(target, bentoml_home),
                 release_dir,
+                online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
                 sink=sink.fileno(),
@@ -129,8 +157,10 @@ def serve(
             yield url
 
 
-def serve_newest(home: Home, port: int) -> None:
+def serve_newest(home: Home, port: int, online: OnlineStore | None = None) -> None:
     """Serve the newest bento of `home` on `port`, in the foreground; waits until there is one.
+
+    It need not wait for the online store: the service answers requests by id once there is one.
 
     Ends, with every process of the service, on SIGINT and SIGTERM. Raises UserError when the port
     is taken or the service stops by itself.
@@ -143,18 +173,18 @@ def serve_newest(home: Home, port: int) -> None:
         time.sleep(1)
     with (
         tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
-        _running(bento.path, None, port, scratch=Path(scratch)) as (process, url),
+        _running(bento.path, None, online, port, scratch=Path(scratch)) as (process, url),
     ):
         print(f"{bento.tag} answers at {url}/predict", flush=True)
         code = process.wait()
     raise UserError(f"the churn service stopped with exit code {code}; its log above says why")
 
 
-def ask(base_url: str, body: bytes | dict) -> Answer:
-    """POST one prediction request. Raises UserError when nobody answers."""
+def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:
+    """POST one request. Raises UserError when nobody answers."""
     connection = _connect(base_url)
     try:
-        return _post(connection, _encoded(body))
+        return _post(connection, _encoded(body), path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"no answer from {base_url} ({error}); is the service running?") from error
     finally:
@@ -287,6 +317,7 @@ def _resolve(target: Path | str, bentoml_home: Path | None) -> Path:
 def _running(
     directory: Path,
     release_dir: Path | None,
+    online: OnlineStore | None,
     port: int,
     *,
     scratch: Path,
@@ -303,7 +334,7 @@ def _running(
     process = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         cwd=scratch,
-        env=_environment(directory, release_dir, scratch),
+        env=_environment(directory, release_dir, online, scratch),
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,
@@ -318,8 +349,11 @@ def _running(
         _stop(process, family)
 
 
-def _environment(directory: Path, release_dir: Path | None, scratch: Path) -> dict[str, str]:
-    unwanted = ("PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT")
+def _environment(
+    directory: Path, release_dir: Path | None, online: OnlineStore | None, scratch: Path
+) -> dict[str, str]:
+    unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
+    unwanted |= OnlineStore("online.db").environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {
         "BENTOML_HOME": str(scratch / "bentoml"),
@@ -333,6 +367,8 @@ def _environment(directory: Path, release_dir: Path | None, scratch: Path) -> di
         environment["PYTHONPATH"] = str(directory.parent.parent)
     if release_dir is not None:
         environment["CHURN_RELEASE_DIR"] = str(release_dir.resolve())
+    if online is not None:
+        environment |= online.environment()
     return environment
 
 
@@ -399,9 +435,9 @@ def _connect(base_url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or HOST, parts.port, timeout=REQUEST_TIMEOUT_S)
 
 
-def _post(connection: http.client.HTTPConnection, body: bytes) -> Answer:
+def _post(connection: http.client.HTTPConnection, body: bytes, path: str = "/predict") -> Answer:
     started = time.perf_counter()
-    connection.request("POST", "/predict", body, {"content-type": "application/json"})
+    connection.request("POST", path, body, {"content-type": "application/json"})
     response = connection.getresponse()
     content = response.read()
     return Answer(response.status, content, (time.perf_counter() - started) * 1000)

@@ -121,9 +121,19 @@ def without(field: str) -> bytes:
     return json.dumps({k: v for k, v in VALID.items() if k != field}).encode()
 
 
+def only(*fields: str) -> bytes:
+    return json.dumps({field: VALID[field] for field in fields}).encode()
+
+
 # Each body with the status and the field it must be refused with.
 BAD_BODIES: list[tuple[bytes, int, str]] = [
     *((without(field), 422, field) for field in VALID),
+    (only("customer_id", FEATURE_NAMES[3]), 422, FEATURE_NAMES[0]),
+    (only("customer_id", *FEATURE_NAMES[:2]), 422, FEATURE_NAMES[2]),
+    (b'{"customer_id": "c-1", "plan": "gold"}', 422, "plan"),
+    (b'{"customer_id": " "}', 422, "customer_id"),
+    (b'{"customer_id": 17}', 422, "customer_id"),
+    (b'{"customer_id": null}', 422, "customer_id"),
     (changed(plan="gold"), 422, "plan"),
     (changed(**{"": 1}), 422, '""'),
     (changed(**{"a` - at `$.x": 1}), 422, "a` - at `$.x"),

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import msgspec
 import pytest
+from online_cases import CUTOFF, HOUR, content, until, write
 from serving_cases import PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
 
 from churn_assets.contract.release import MODEL, Release, ReleaseError, read_release
@@ -65,6 +66,7 @@ def test_its_requirements_are_pinned_and_name_no_index(bento: Bento) -> None:
     lines = (bento.path / "env" / "python" / "requirements.txt").read_text().split()
     assert f"onnxruntime=={metadata.version('onnxruntime')}" in lines
     assert f"bentoml=={metadata.version('bentoml')}" in lines
+    assert f"redis=={metadata.version('redis')}" in lines
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[\w.!+]+", line)] == []
     heavy = ("dagster", "mlflow", "pandas", "scikit-learn")
     assert [line for line in lines if line.startswith(heavy)] == []
@@ -161,11 +163,12 @@ def test_a_bento_served_from_its_tag_answers_as_its_source_does(
 ) -> None:
     source = service.Served(read_release(release_of_three.directory))
     good = json.dumps({name: VALID[name] for name in ("customer_id", *THREE)}).encode()
+    source_answer = msgspec.json.encode(source.predict(source.decoder.decode(good)))
     with serve(bento.tag, bentoml_home=store) as url:
         answer = ask(url, good)
         refused = [ask(url, changed(total_orders_30d="3")), ask(url, json.dumps(VALID).encode())]
         health = json.loads(_get(url, "/health"))
-    assert (answer.status, answer.content) == (200, msgspec.json.encode(source.predict(good)))
+    assert (answer.status, answer.content) == (200, source_answer)
     assert answer.json()["model_version"] == "3-features"
     assert [r.status for r in refused] == [422, 422]
     assert [r.json()["error"]["field"] for r in refused] == [
@@ -197,22 +200,23 @@ def test_a_bento_is_asked_for_a_prediction_whose_answer_is_known(
     assert proof.latency_ms > 0
 
 
-FOREGROUND = """
-import sys
-from pathlib import Path
-from churn_assets.home import Home
-from churn_assets.lifecycle.serving import serve_newest
-serve_newest(Home(Path(sys.argv[1])), int(sys.argv[2]))
+CONFIG = """
+source: {kind: shop}
+calendar: {start: 2024-01-01}
+serving: {max_age_hours: 12, when_stale: flag}
 """
 
 
-def test_the_newest_bento_is_waited_for_served_and_stopped(
+def test_the_newest_bento_is_waited_for_served_with_the_online_store_and_stopped(
     bento: Bento, store: Path, tmp_path: Path
 ) -> None:
     port = free_port()
+    (tmp_path / "churn.yaml").write_text(CONFIG)
+    own = {"CHURN_HOME": str(tmp_path), "CHURN_CONFIG": str(tmp_path / "churn.yaml")}
     foreground = subprocess.Popen(
-        [sys.executable, "-c", FOREGROUND, str(tmp_path), str(port)],
-        cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "churn_assets", "serve", "--port", str(port)],
+        cwd=PROJECT_ROOT, env=os.environ | own,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert foreground.stdout
     with foreground, foreground.stdout:
@@ -221,8 +225,12 @@ def test_the_newest_bento_is_waited_for_served_and_stopped(
         for line in foreground.stdout:
             if f"{bento.tag} answers at http://127.0.0.1:{port}/predict" in line:
                 break
-        body = {name: VALID[name] for name in ("customer_id", *THREE)}
-        assert ask(f"http://127.0.0.1:{port}", body).status == 200
+        url = f"http://127.0.0.1:{port}"
+        assert ask(url, {name: VALID[name] for name in ("customer_id", *THREE)}).status == 200
+        assert ask(url, {"customer_id": "c-1"}).status == 503
+        write(tmp_path / "feast" / "online.db", *content(cutoffs={"c-1": CUTOFF - 13 * HOUR}))
+        by_id = until(lambda: [a for a in [ask(url, {"customer_id": "c-1"})] if a.status == 200])
+        assert by_id[0].json()["stale"] is True
         started = family(foreground.pid)
         assert len(started) >= 2
         foreground.terminate()
@@ -237,7 +245,7 @@ sys.path.insert(0, sys.argv[1])
 import service
 from pathlib import Path
 served = service.Served(service.read_release(Path(sys.argv[2])))
-served.predict(sys.argv[3].encode())
+served.predict(served.decoder.decode(sys.argv[3].encode()))
 origins = {n: getattr(m, "__file__", None) for n, m in sys.modules.items()}
 print(json.dumps({n: f for n, f in origins.items() if not n.startswith("_")}))
 """
@@ -258,5 +266,5 @@ def test_the_service_imports_the_contract_and_nothing_else_of_the_project(bento:
         assert name == "churn_assets" or name.startswith("churn_assets.contract"), name
         assert Path(path).is_relative_to(source), f"{name} comes from outside of the bento: {path}"
     heavy = {"dagster", "mlflow", "pandas", "sklearn", "skl2onnx", "onnx", "pyarrow", "duckdb",
-             "ibis", "evidently", "scipy", "matplotlib"}  # fmt: skip
+             "ibis", "evidently", "scipy", "matplotlib", "feast", "redis"}  # fmt: skip
     assert {name.split(".")[0] for name in modules} & heavy == set()

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from serving_cases import BAD_BODIES, THREE, VALID
+from serving_cases import BAD_BODIES, THREE, VALID, literal
 
 from churn_assets.contract.features import FEATURES, features_named
-from churn_assets.contract.request import Refusal, RequestDecoder
+from churn_assets.contract.request import (
+    MAX_ROWS,
+    CustomerRequest,
+    PredictionRequest,
+    Refusal,
+    RequestDecoder,
+)
 from churn_assets.contract.response import predict
 from churn_assets.contract.risk import RiskThresholds
 
@@ -60,7 +66,9 @@ def test_a_release_with_three_features_has_a_schema_of_three() -> None:
 
 def test_the_row_has_the_column_order_of_the_model_whatever_the_order_of_the_body() -> None:
     backwards = dict(reversed(VALID.items()))
-    row = DECODER.row(DECODER.decode(json.dumps(backwards).encode()))
+    request = DECODER.decode(json.dumps(backwards).encode())
+    assert isinstance(request, PredictionRequest)
+    row = DECODER.row(request)
     assert row.dtype == np.float32
     assert row.tolist() == [[3.0, np.float32(49.9), 12.0, 0.0, 1.5]]
 
@@ -97,6 +105,92 @@ def test_whatever_is_decoded_keeps_the_contract(changes: dict[str, object]) -> N
         return
     assert blamed in changes
     assert status == 422
+
+
+def test_a_body_with_the_id_alone_is_a_request_by_id() -> None:
+    assert DECODER.decode(b'{"customer_id": "c-1"}') == CustomerRequest("c-1")
+    refusal = DECODER.features_needed("there is no store")
+    assert (refusal.status, refusal.field) == (422, FEATURES[0].name)
+    assert refusal.message.endswith("; there is no store")
+
+
+def batch(*rows: bytes) -> bytes:
+    return b'{"rows": [' + b", ".join(rows) + b"]}"
+
+
+GOOD = json.dumps(VALID).encode()
+
+
+def test_a_batch_mixes_rows_and_ids_and_keeps_their_order() -> None:
+    rows = DECODER.decode_batch(batch(b'{"customer_id": "a"}', GOOD, b'{"customer_id": "b"}'))
+    assert rows == [CustomerRequest("a"), DECODER.decode(GOOD), CustomerRequest("b")]
+
+
+ROWS_TO_REFUSE = [
+    case
+    for case in BAD_BODIES
+    if case[1] == 422 and case[0].count(b"{") < 9 and case[0].count(b"[") < 9
+]
+
+
+@pytest.mark.parametrize(("row", "status", "field"), ROWS_TO_REFUSE)
+def test_a_bad_row_is_refused_as_it_is_alone_and_costs_nobody_else(
+    row: bytes, status: int, field: str
+) -> None:
+    first, refused, last = DECODER.decode_batch(batch(GOOD, row, GOOD))
+    assert first == last == DECODER.decode(GOOD)
+    assert isinstance(refused, Refusal)
+    assert (refused.status, refused.field) == (status, "row" if field == "body" else field)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_has_no_word_for_costs_its_row_and_not_the_batch(text: str) -> None:
+    shouted = {**VALID, "customer_id": f'is "{text}", {text}'}
+    good = json.dumps(shouted).encode()
+    for field in ("avg_order_value", "customer_id"):
+        first, refused, last = DECODER.decode_batch(batch(good, literal(field, text), good))
+        assert first == last == DECODER.decode(good)
+        assert isinstance(refused, Refusal)
+        assert (refused.status, refused.field) == (422, field)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        (b"", 400, "body"),
+        (b"{", 400, "body"),
+        (b'{"rows": [' + GOOD, 400, "body"),
+        (batch(GOOD, b'{"customer_id": "\\ud800"}'), 400, "body"),
+        (batch(GOOD, b'{"customer_id" "c"}'), 400, "body"),
+        (b'{"rows": [' + b'"' * 100_001 + b"NaN", 400, "body"),
+        (batch(GOOD, b"[" * 50_000 + b"]" * 50_000), 422, "rows"),
+        (batch(), 422, "rows"),
+        (batch(*[b"{}"] * (MAX_ROWS + 1)), 422, "rows"),
+        (b"{}", 422, "rows"),
+        (b'{"rows": {}}', 422, "rows"),
+        (b'{"rows": null}', 422, "rows"),
+        (b'{"rows": [1], "sort": true}', 422, "sort"),
+        (b"[]", 422, "body"),
+        (b"[" + GOOD + b"]", 422, "body"),
+        (GOOD, 422, "customer_id"),
+    ],
+)
+def test_a_body_that_is_no_batch_is_refused_whole(body: bytes, status: int, field: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        DECODER.decode_batch(body)
+    assert (refused.value.status, refused.value.field) == (status, field)
+
+
+def test_a_row_that_is_not_utf8_costs_no_other() -> None:
+    first, refused = DECODER.decode_batch(batch(GOOD, b'{"customer_id": "\xff"}'))
+    assert first == DECODER.decode(GOOD)
+    assert isinstance(refused, Refusal)
+    assert (refused.status, refused.field) == (400, "row")
+
+
+def test_as_many_rows_as_are_allowed_are_taken() -> None:
+    rows = DECODER.decode_batch(batch(*[b"{}"] * MAX_ROWS))
+    assert [row.field for row in rows if isinstance(row, Refusal)] == ["customer_id"] * MAX_ROWS
 
 
 @pytest.mark.parametrize(

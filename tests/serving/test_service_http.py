@@ -90,6 +90,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "release_id": release.manifest.release_id,
         "bento": None,
         "features": [feature.name for feature in FEATURES],
+        "online_store": None,
     }
     assert client.send(b"", "HEAD", "/health", {})[:2] == (200, {})
 
@@ -123,6 +124,7 @@ GOOD = json.dumps(VALID).encode()
         ("DELETE", "/predict", {}, 405, "method"),
         ("HEAD", "/predict", {}, 405, None),
         ("POST", "/health", JSON, 405, "method"),
+        ("GET", "/predict_batch", {}, 405, "method"),
         ("POST", "/predict/", JSON, 404, "path"),
         ("POST", "/Predict", JSON, 404, "path"),
         ("POST", "/v1/predict", JSON, 404, "path"),
@@ -145,7 +147,7 @@ def test_what_is_not_the_contract_is_refused(
     if field:
         assert answer["error"]["field"] == field
     if status == 405:
-        assert response.headers["allow"] == ("POST" if path == "/predict" else "GET, HEAD")
+        assert response.headers["allow"] == ("GET, HEAD" if path == "/health" else "POST")
 
 
 @pytest.mark.parametrize(

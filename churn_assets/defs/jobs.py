@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from churn_assets.defs.partitions import DAILY, SETTINGS
+from churn_assets.defs.partitions import SETTINGS
 
 # Two runs that train at once would judge themselves against the same incumbent.
 EXCLUSIVE = {"churn/exclusive": "training"}
@@ -10,7 +10,6 @@ EXCLUSIVE = {"churn/exclusive": "training"}
 daily_refresh = dg.define_asset_job(
     "daily_refresh",
     selection=dg.AssetSelection.assets(*SETTINGS.raw_tables, "customer_features", "churn_labels"),
-    partitions_def=DAILY,
     description="A day's events, its features, and the labels that mature with it.",
 )
 training = dg.define_asset_job(

@@ -130,7 +130,10 @@ def versions() -> None:
     from churn_assets.lifecycle import lineage
 
     client, name = _registry(Home.from_environment())
-    for line in lineage.versions(client, name):
+    listed = lineage.versions(client, name)
+    if not listed:
+        click.echo(f"no version of {name} yet; `make run` trains one")
+    for line in listed:
         click.echo(
             f"{line.version:>4}  {line.stage:10}  gates {line.gates:8}  {line.family:22}  "
             f"{line.registered_at:%Y-%m-%d %H:%M}  data {line.data_hash[:12]}  "
@@ -139,12 +142,15 @@ def versions() -> None:
 
 
 def _registry(home: Home) -> tuple[MlflowClient, str]:
-    from mlflow import MlflowClient
-
     from churn_assets.settings import load_settings
 
+    name = load_settings().model_name
+    if not home.dagster.is_dir():
+        raise UserError(f"nothing has run in {home.root} yet; `make run` does, or set CHURN_HOME")
     home.prepare()
-    return MlflowClient(home.mlflow_uri), load_settings().model_name
+    from mlflow import MlflowClient
+
+    return MlflowClient(home.mlflow_uri), name
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
@@ -205,7 +206,7 @@ def load_settings(path: str | Path | None = None) -> Settings:
         dict.fromkeys(document), dict.fromkeys(Settings.__struct_fields__), chosen, ""
     )
     try:
-        settings = msgspec.convert(document, Settings)
+        settings = _filled_in(msgspec.convert(document, Settings))
     except (msgspec.ValidationError, ValueError) as error:
         raise UserError(f"{chosen}: {error}; churn_assets/config has examples") from error
     _refuse_unknown_keys(document, msgspec.to_builtins(settings), chosen, "")
@@ -227,6 +228,20 @@ def load_settings(path: str | Path | None = None) -> Settings:
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
     return settings
+
+
+def _filled_in(settings: Settings) -> Settings:
+    """The same settings; msgspec leaves what was not given out of a dataclass's own attributes."""
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    policies = {
+        name: dataclasses.replace(value)
+        for name, value in values.items()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+    }
+    source = settings.source
+    if isinstance(source, ShopSourceConfig):
+        source = msgspec.structs.replace(source, shop=dataclasses.replace(source.shop))
+    return msgspec.structs.replace(settings, source=source, **policies)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

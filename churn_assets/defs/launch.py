@@ -283,11 +283,11 @@ def run_everything(home: Home) -> None:
         _bring_in_data(launcher)
         with _the_truth_in_mlflow(project, instance):
             trained = launcher.run("training", "training")
-            if trained.success:
-                launcher.run("bento", "build_bento").require()
-            elif not all(name.startswith("evaluation_report.") for name in trained.refused_by):
-                trained.require()
-            launcher.run("drift", "drift").require()
+        if trained.success:
+            launcher.run("bento", "build_bento").require()
+        elif not all(name.startswith("evaluation_report.") for name in trained.refused_by):
+            trained.require()
+        launcher.run("drift", "drift").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

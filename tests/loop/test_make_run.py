@@ -1,0 +1,492 @@
+"""`make run` end to end: what a run leaves, and what the next makes of one that was stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import signal
+import subprocess
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from command import RAW, ROOT, assert_readable, churn, days_of, mlflow_of
+from conftest import Run
+
+from churn_assets.contract.features import FEATURE_NAMES
+
+ASSETS = (
+    *RAW,
+    "customer_features",
+    "churn_labels",
+    "training_set",
+    "trained_model",
+    "evaluation_report",
+    "registered_model",
+    "churn_bento",
+    "drift_report",
+)
+CHECKS = {
+    "customer_features.schema",
+    "customer_features.nulls",
+    "customer_features.no_event_after_cutoff",
+    "churn_labels.whole_window_there",
+    "training_set.data_gate",
+    "training_set.no_row_lost",
+    "trained_model.onnx_parity",
+    "evaluation_report.accuracy",
+    "evaluation_report.auc",
+    "evaluation_report.p95_latency_ms",
+    "churn_bento.answers",
+    "drift_report.no_drift",
+}
+FIRST, LAST = date(2024, 1, 1), date(2024, 8, 7)
+HORIZON, ACTIVITY = 30, 90
+
+
+def days(first: date, last: date) -> list[str]:
+    return [str(first + timedelta(days=n)) for n in range((last - first).days + 1)]
+
+
+# The first run.
+
+
+def test_a_run_says_what_a_person_wants_to_know(first_run: Run):
+    done, summary = first_run.done, first_run.summary
+    assert done.err == ""
+    for step in ASSETS:
+        assert re.search(rf"^  {step} +\d+\.\d s$", done.out, re.MULTILINE), step
+    bento, version = summary["bento"], summary["registered"]["version"]
+    for line in (
+        f"data        {FIRST} to {LAST}; rows read: customers ",
+        "quarantined no rows",
+        f"customers   {summary['eligible_rows']:,} at the newest labelled cutoff",
+        f"{summary['model']['family']}",
+        "recency alone",
+        "majority",
+        "oracle (latent state)",
+        "gate        passed  auc",
+        f"model       version {version}, stage Staging",
+        f"bento       {bento}",
+        f"churn_probability {summary['prediction']['response']['churn_probability']}, risk ",
+        f"drift       {summary['drift']['verdict']}: ",
+        "`make up` shows all of it: Dagster http://",
+        f"summary: {first_run.home / 'run' / 'summary.json'}",
+    ):
+        assert line in done.out, line
+
+
+def test_the_summary_has_every_figure(first_run: Run):
+    summary = first_run.summary
+    home = first_run.home
+    assert set(summary["rows_read"]) == set(RAW)
+    for table in RAW:
+        stored = sum(pq.read_metadata(path).num_rows for path in parts(home, table))
+        assert summary["rows_read"][table] == stored > 0
+    assert summary["rows_quarantined"] == {}
+    assert summary["days"] == [str(FIRST), str(LAST)]
+    newest = pq.read_table(parts(home, "churn_labels")[-1])
+    assert summary["eligible_rows"] == newest.num_rows
+    churned = sum(newest["churned"].to_pylist())
+    assert summary["churn_rate"] == pytest.approx(churned / newest.num_rows)
+    assert summary["features"] == list(FEATURE_NAMES)
+    model = summary["model"]
+    assert model["family"] in ("logistic_regression", "random_forest", "hist_gradient_boosting")
+    assert 0.9 <= model["auc"] < model["oracle_auc"] < 1
+    assert model["accuracy"] >= 0.85
+    for figure in ("auc", "accuracy", "brier", "log_loss", "f1"):
+        assert 0 <= model[figure] <= 1
+        assert {"recency", "majority"} == set(model["baselines"])
+        assert all(0 <= b[figure] <= 1 for b in model["baselines"].values())
+    assert model["auc"] > model["baselines"]["recency"]["auc"] > 0.5
+    assert model["brier"] < model["baselines"]["recency"]["brier"]
+    assert [g["name"] for g in summary["gates"]] == ["accuracy", "auc", "p95_latency_ms"]
+    assert all(g["passed"] and g["reason"] for g in summary["gates"])
+    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000]
+    assert summary["gates"][1]["value"] == model["auc"]
+    assert summary["registered"] == {"version": "1", "stage": "Staging"}
+    prediction = summary["prediction"]
+    assert set(prediction["request"]) == {"customer_id", *FEATURE_NAMES}
+    assert prediction["response"]["model_version"] == "1"
+    assert prediction["response"]["customer_id"] == prediction["request"]["customer_id"]
+    assert 0 <= prediction["response"]["churn_probability"] <= 1
+    assert prediction["latency_ms"] > 0
+    assert summary["drift"]["verdict"] == "ok"
+    assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
+    stages = ["raw", "features", "labels", "training", "bento", "drift"]
+    assert list(summary["seconds"]) == stages
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_the_lake_has_every_partition(first_run: Run):
+    home = first_run.home
+    for table in RAW:
+        assert days_of(home, table) >= days(FIRST, LAST)
+    earliest = FIRST + timedelta(days=ACTIVITY - 1)
+    kept = first_run.seen.partitions
+    there = {name.partition("/")[0] for name in kept}
+    assert there == {*RAW, "customer_features", "churn_labels"}
+    for table, first in (
+        *((name, FIRST) for name in RAW),
+        ("customer_features", earliest),
+        ("churn_labels", earliest + timedelta(days=HORIZON)),
+    ):
+        wanted = [f"{table}/day={day}" for day in days(first, LAST)]
+        assert [name for name in kept if name.startswith(f"{table}/")] == wanted
+    assert_readable(home)
+    assert not list((home / "lake").rglob(".tmp-*"))
+
+
+def test_dagster_has_every_asset_partition_and_check(first_run: Run):
+    seen = first_run.seen
+    assert set(seen.materialized) == set(ASSETS)
+    for table in RAW:
+        assert sorted(seen.materialized[table][0]) == days(FIRST, LAST)
+    assert set(seen.checks) == CHECKS
+    assert set(seen.checks.values()) == {"SUCCEEDED"}
+    assert seen.runs == [
+        ("drift", "SUCCESS"),
+        ("build_bento", "SUCCESS"),
+        ("training", "SUCCESS"),
+        *[("daily_refresh", "SUCCESS")] * 3,
+    ]
+
+
+def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
+    def made_of(asset: str) -> dict[str, str]:
+        tags = first_run.seen.materialized[asset][1].asset_materialization.tags
+        start = "dagster/input_data_version/"
+        return {k.removeprefix(start): v for k, v in tags.items() if k.startswith(start)}
+
+    assert set(made_of("training_set")) == {"customer_features", "churn_labels"}
+    assert made_of("trained_model") == {"training_set": first_run.summary["data_hash"]}
+    assert set(made_of("evaluation_report")) == {"trained_model"}
+    assert set(made_of("registered_model")) == {"evaluation_report"}
+    assert set(made_of("churn_bento")) == {"registered_model"}
+    assert set(made_of("drift_report")) == {"customer_features", "training_set"}
+
+
+def test_the_assets_carry_what_a_person_looks_at(first_run: Run):
+    def metadata(asset: str) -> dict[str, Any]:
+        return first_run.seen.materialized[asset][1].asset_materialization.metadata
+
+    assert metadata("orders")["rows_read"].value == first_run.summary["rows_read"]["orders"]
+    assert metadata("customer_features")["sample"].records
+    plots = [k for k, v in metadata("evaluation_report").items() if "data:image/png" in str(v)]
+    assert {"importance", "confusion_matrix"} <= set(plots)
+    assert "http://" in metadata("evaluation_report")["mlflow_run"].value
+    assert metadata("churn_bento")["tag"].value == first_run.summary["bento"]
+    assert metadata("drift_report")["evidently"].value.startswith("http://")
+
+
+def test_mlflow_tracks_all_of_a_training(first_run: Run):
+    (run,) = first_run.seen.mlflow
+    summary = first_run.summary
+    assert run.info.status == "FINISHED"
+    params, tags, metrics = run.data.params, run.data.tags, run.data.metrics
+    assert params["seed"] == "42"
+    assert params["family"] == summary["model"]["family"]
+    assert any(name.startswith("model_") for name in params)
+    assert int(params["data_rows"]) == summary["training_rows"]
+    assert params["data_test_cutoff"] == str(LAST - timedelta(days=HORIZON))
+    assert tags["data_hash"] == summary["data_hash"]
+    assert tags["features"] == ",".join(FEATURE_NAMES)
+    assert (tags["team"], tags["use_case"]) == ("growth", "customer churn")
+    assert tags["python_version"] == platform.python_version()
+    assert tags["accelerator"]
+    assert re.fullmatch("[0-9a-f]{40}|unknown", tags["git_commit"])
+    assert tags["git_dirty"] in ("true", "false", "unknown")
+    if (ROOT / ".git").exists():
+        commits = git("log", "--format=%H", "-50").split()
+        assert tags["git_commit"] in commits
+    for name in ("accuracy", "f1", "auc"):
+        assert metrics[name] == pytest.approx(summary["model"][name])
+    assert metrics["p95_latency_ms"] > 0
+    assert metrics["onnx_parity_max_difference"] <= 1e-5
+
+
+def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    kept = {
+        file.path
+        for folder in client.list_artifacts(run.info.run_id)
+        for file in client.list_artifacts(run.info.run_id, folder.path)
+    }
+    wanted = {
+        "data/training_set.json",
+        "environment/packages.txt",
+        "evaluation/importance.png",
+        "evaluation/confusion_matrix.png",
+        "evaluation/report.json",
+    }
+    assert wanted <= kept
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert artifacts.is_relative_to(first_run.home)
+    assert (artifacts / "evaluation/importance.png").read_bytes().startswith(b"\x89PNG")
+    packages = (artifacts / "environment/packages.txt").read_text().splitlines()
+    for name in ("mlflow", "scikit-learn", "dagster"):
+        assert f"{name}=={importlib.metadata.version(name)}" in packages
+    manifest = json.loads((artifacts / "data/training_set.json").read_text())
+    assert manifest["data_hash"] == first_run.summary["data_hash"]
+    named = {(part["table"], part["day"]) for part in manifest["partitions"]}
+    assert ("churn_labels", str(LAST)) in named
+    hashes = [part["content_hash"] for part in manifest["partitions"]]
+    assert all(re.fullmatch("[0-9a-f]{64}", content_hash) for content_hash in hashes)
+
+
+def test_the_version_is_in_staging_with_its_models(first_run: Run):
+    (version,) = first_run.seen.versions.values()
+    assert version.tags["stage"] == "Staging"
+    assert first_run.seen.aliases == {"staging": "1"}
+    assert version.run_id == first_run.seen.mlflow[0].info.run_id
+    assert version.tags["data_hash"] == first_run.summary["data_hash"]
+    (step,) = json.loads(version.tags["stage_history"])
+    assert (step["source"], step["target"]) == ("None", "Staging")
+    assert set(step["evidence"]) == {"accuracy", "auc", "p95_latency_ms"}
+    kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
+    assert {"model.onnx", "model.skops"} <= set(kept)
+    assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))
+
+
+def test_the_bento_and_the_drift_page_are_there(first_run: Run):
+    assert [f"churn:{name}" for name in first_run.seen.bentos] == [first_run.summary["bento"]]
+    page = Path(first_run.summary["drift"]["page"])
+    assert page == first_run.home / "reports" / "drift" / f"{LAST}.html"
+    assert "<html" in page.read_text(encoding="utf-8")[:500]
+
+
+# The versions and the training sets of the first run.
+
+
+def test_versions_are_listed(first_run: Run):
+    done = churn(first_run.home, first_run.home.parent / "shop.yaml", "versions")
+    assert (done.code, done.err) == (0, "")
+    line = next(line for line in done.out.splitlines() if line.split()[0] == "1")
+    assert " Staging " in line
+    assert "gates passed" in line
+    assert first_run.summary["data_hash"][:12] in line
+
+
+def test_a_training_set_comes_back_by_version_and_by_hash(first_run: Run, tmp_path: Path):
+    data_hash, rows = (first_run.summary[name] for name in ("data_hash", "training_rows"))
+    config = first_run.home.parent / "shop.yaml"
+    for number, chosen in enumerate((("--model-version", "1"), ("--hash", data_hash))):
+        out = tmp_path / f"{number}.parquet"
+        done = churn(first_run.home, config, "training-set", *chosen, "--out", str(out))
+        assert (done.code, done.err) == (0, "")
+        assert f"{rows:,} rows, hash {data_hash} checked" in done.out
+        assert pq.read_metadata(out).num_rows == rows
+    unknown = churn(first_run.home, config, "training-set", "--model-version", "99")
+    assert "no version 99 of churn" in unknown.refusal()
+
+
+def test_a_training_set_that_was_changed_is_refused(first_run: Run):
+    data_hash = first_run.summary["data_hash"]
+    path = first_run.home / "lake" / "training_sets" / f"{data_hash}.parquet"
+    before = path.read_bytes()
+    config = first_run.home.parent / "shop.yaml"
+    try:
+        table = pq.read_table(path)
+        pq.write_table(table.slice(1), path)
+        tampered = churn(first_run.home, config, "training-set", "--hash", data_hash)
+        path.write_bytes(before[:-100])
+        damaged = churn(first_run.home, config, "training-set", "--hash", data_hash)
+    finally:
+        path.write_bytes(before)
+    assert "was changed" in tampered.refusal()
+    assert "cannot be read" in damaged.refusal()
+
+
+# Stopped and resumed, three days later.
+
+
+def test_a_killed_run_is_finished_by_the_next(resumed_run: Run):
+    assert all(done.code == -signal.SIGKILL for done, _ in resumed_run.stopped)
+    (_, training), (_, bento) = resumed_run.stopped
+    assert training.runs[0] == ("training", "STARTED")
+    assert training.mlflow[0].info.status == "RUNNING"
+    assert bento.runs[0] == ("build_bento", "STARTED")
+    assert len(bento.bentos) == 1
+    assert resumed_run.done.err == ""
+    assert resumed_run.summary["bento"].startswith("churn:v3-")
+    assert len(resumed_run.seen.bentos) == 2
+
+
+def test_dead_runs_are_failures_in_dagster_and_in_mlflow(resumed_run: Run):
+    (_, _), (_, later) = resumed_run.stopped
+    # The run after it closed the one killed in training before it did anything else.
+    assert ("training", "FAILURE") in later.runs
+    assert [run.info.status for run in later.mlflow] == ["FINISHED", "FAILED", "FINISHED"]
+    seen = resumed_run.seen
+    assert not {"STARTED", "STARTING", "NOT_STARTED"} & {status for _, status in seen.runs}
+    failed = [job for job, status in seen.runs if status == "FAILURE"]
+    assert failed == ["build_bento", "training"]
+    statuses = [run.info.status for run in seen.mlflow]
+    assert statuses == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
+
+
+def test_only_what_is_new_is_written(first_run: Run, resumed_run: Run):
+    before, after = first_run.seen.partitions, resumed_run.seen.partitions
+    assert {name: after[name] for name in before} == before
+    new = [name for name in after if name not in before]
+    tables = (*RAW, "customer_features", "churn_labels")
+    wanted = [f"{t}/day={d}" for t in tables for d in days(LAST, LAST + timedelta(days=3))[1:]]
+    assert sorted(new) == sorted(wanted)
+    # The runs after the first one that was killed found the data there.
+    assert "raw" not in resumed_run.summary["seconds"]
+    assert resumed_run.summary["days"][1] == str(LAST + timedelta(days=3))
+    assert resumed_run.summary["data_hash"] != first_run.summary["data_hash"]
+
+
+def test_the_newest_version_is_the_one_in_staging(resumed_run: Run):
+    assert sorted(resumed_run.seen.versions) == ["1", "2", "3"]
+    assert resumed_run.seen.aliases == {"staging": "3"}
+    assert resumed_run.summary["registered"] == {"version": "3", "stage": "Staging"}
+
+
+# Gates no model passes.
+
+
+def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
+    done, summary = refused_run.done, refused_run.summary
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9999", done.out)
+    assert "nothing was promoted" in done.out
+    assert list(summary["refused_by"]) == ["evaluation_report.auc"]
+    assert [g["passed"] for g in summary["gates"]] == [True, False, True]
+    assert summary["bento"] is summary["prediction"] is None
+
+
+def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
+    version = refused_run.summary["registered"]["version"]
+    assert refused_run.summary["registered"] == {"version": "4", "stage": "None"}
+    assert refused_run.seen.versions[version].tags["stage"] == "None"
+    assert refused_run.seen.versions[version].tags["gates"] == "refused"
+    assert refused_run.seen.aliases == {"staging": "3"}
+    assert refused_run.seen.bentos == resumed_run.seen.bentos
+    assert refused_run.seen.runs[:2] == [("drift", "SUCCESS"), ("training", "FAILURE")]
+    assert refused_run.seen.checks["evaluation_report.auc"] == "FAILED"
+    assert refused_run.seen.mlflow[0].info.status == "FAILED"
+    assert refused_run.seen.mlflow[0].data.tags["gates"] == "refused by auc"
+
+
+def test_drift_is_reported_all_the_same(refused_run: Run, resumed_run: Run):
+    assert refused_run.summary["drift"]["verdict"] == "ok"
+    before, after = (r.seen.materialized["drift_report"][1] for r in (resumed_run, refused_run))
+    assert after.timestamp > before.timestamp
+
+
+def test_what_a_blocking_check_refused_is_made_anew(refused_run: Run, resumed_run: Run):
+    before, after = resumed_run.seen.partitions, refused_run.seen.partitions
+    written = {name.partition("/")[0] for name in after if after[name] != before.get(name)}
+    assert written == {"churn_labels"}
+    assert refused_run.seen.checks["churn_labels.whole_window_there"] == "SUCCEEDED"
+
+
+# A team's own tables, with faults, stopped three times.
+
+
+def test_unusable_rows_are_counted_by_reason_and_the_run_goes_on(own_tables_run: Run):
+    summary = own_tables_run.summary
+    assert summary["rows_quarantined"] == {
+        "orders": {
+            "corrupt_line": 2,
+            "duplicate_order_id": 1,
+            "future_occurred_at": 1,
+            "invalid_amount": 1,
+            "invalid_occurred_at": 1,
+            "missing_customer_id": 1,
+            "negative_amount_minor": 1,
+        }
+    }
+    lines = (own_tables_run.home.parent / "orders.csv").read_text().splitlines()
+    assert summary["rows_read"] == {"customers": 0, "orders": len(lines) - 1}
+    used = sum(pq.read_metadata(path).num_rows for path in parts(own_tables_run.home, "orders"))
+    assert used == summary["rows_read"]["orders"] - 8
+    assert "quarantined orders: corrupt_line 2, " in own_tables_run.done.out
+    assert set(summary["features"]) < set(FEATURE_NAMES)
+    assert set(summary["prediction"]["request"]) == {"customer_id", *summary["features"]}
+
+
+def test_a_run_killed_while_writing_leaves_whole_partitions(own_tables_run: Run):
+    killed = zip(own_tables_run.stopped, ("orders", "customer_features"), strict=False)
+    for (done, seen), step in killed:
+        assert done.code == -signal.SIGKILL
+        assert done.out.endswith(f"  {step:<22}")
+        assert seen.runs[0] == ("daily_refresh", "STARTED")
+    home = own_tables_run.home
+    assert_readable(home)
+    assert not list((home / "lake").rglob(".tmp-*"))
+    assert days_of(home, "orders") == days(date(2024, 1, 1), date(2024, 3, 31))
+    assert days_of(home, "customer_features") == days(date(2024, 1, 30), date(2024, 3, 31))
+    assert {status for _, status in own_tables_run.seen.runs} == {"SUCCESS", "FAILURE"}
+
+
+def test_ctrl_c_stops_a_run_in_one_line(own_tables_run: Run):
+    done, seen = own_tables_run.stopped[2]
+    assert done.code == 130
+    assert done.err.splitlines() == ["stopped; `make run` goes on from here"]
+    assert done.out.endswith("s  stopped\n")
+    assert seen.runs[0] == ("training", "FAILURE")
+    assert [run.info.status for run in seen.mlflow] == ["FAILED"]
+    assert own_tables_run.done.code == 0
+    assert own_tables_run.summary["registered"]["version"] == "1"
+
+
+# A real shop.
+
+
+@pytest.fixture(scope="module")
+def retail(online_retail: str, tmp_path_factory: pytest.TempPathFactory):
+    home = tmp_path_factory.mktemp("retail") / "home"
+    config = ROOT / "churn_assets" / "config" / "online_retail.yaml"
+    return churn(home, config, CHURN_DATA=online_retail), home
+
+
+def test_online_retail_runs_to_its_end(retail):
+    done, home = retail
+    assert (done.code, done.err) == (0, "")
+    summary = json.loads((home / "run" / "summary.json").read_text())
+    assert summary["rows_read"] == {"customers": 0, "orders": 541_909}
+    assert summary["rows_quarantined"] == {
+        "orders": {
+            "missing_customer_id": 135_080,
+            "cancelled_invoice": 8_905,
+            "price_not_positive": 40,
+            "exact_duplicate": 5_192,
+        }
+    }
+    assert sum(pq.read_metadata(path).num_rows for path in parts(home, "orders")) == 18_532
+    assert summary["features"] == [
+        "total_orders_30d",
+        "avg_order_value",
+        "days_since_last_order",
+    ]
+    assert 0.6 <= summary["model"]["auc"] <= 0.7
+    assert summary["model"]["auc"] > summary["model"]["baselines"]["recency"]["auc"]
+    assert summary["model"]["oracle_auc"] is None
+    assert summary["drift"]["verdict"] in ("ok", "drift")
+
+
+def test_the_gates_refuse_online_retail_and_say_why(retail):
+    done, home = retail
+    assert re.search(r"gate +REFUSED accuracy 0\.\d+ is below 0\.85", done.out)
+    assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9\b", done.out)
+    assert "nothing was promoted" in done.out
+    (version,) = mlflow_of(home).search_model_versions()
+    assert version.tags["stage"] == "None"
+    assert not (home / "bentoml" / "bentos").exists()
+
+
+def parts(home: Path, table: str) -> list[Path]:
+    return sorted((home / "lake" / table).glob("day=*/part-0.parquet"))
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
+    ).stdout

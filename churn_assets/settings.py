@@ -14,6 +14,7 @@ import yaml
 
 from churn_assets.contract.online import is_redis
 from churn_assets.data.gate import GatePolicy
+from churn_assets.data.late import LatePolicy
 from churn_assets.data.sources import (
     ShopSourceConfig,
     SourceConfig,
@@ -98,6 +99,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str = "churn"
     seed: int = 42
     windows: Windows = Windows()
+    late_events: LatePolicy = LatePolicy()
     data_gate: GatePolicy = GatePolicy()
     online_store: OnlineStoreSettings = OnlineStoreSettings()
     serving: ServingSettings = ServingSettings()

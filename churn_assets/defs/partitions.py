@@ -10,6 +10,9 @@ from churn_assets.settings import load_settings
 
 SETTINGS = load_settings()
 
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
 _END = SETTINGS.calendar.end
 DAILY = dg.DailyPartitionsDefinition(
     start_date=SETTINGS.calendar.start.isoformat(),
@@ -29,6 +32,11 @@ def days_before(days: int) -> dg.TimeWindowPartitionMapping:
     return dg.TimeWindowPartitionMapping(
         start_offset=-days, end_offset=-days, allow_nonexistent_upstream_partitions=True
     )
+
+
+def range_tags(first: date, last: date) -> dict[str, str]:
+    """The tags of a run that materializes the partitions first to last at once."""
+    return {RANGE_START: first.isoformat(), RANGE_END: last.isoformat()}
 
 
 def partition_range(context: dg.AssetExecutionContext) -> tuple[date, date]:

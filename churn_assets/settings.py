@@ -17,6 +17,7 @@ from churn_assets.contract.features import features_for
 from churn_assets.contract.online import is_redis
 from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.gate import GatePolicy
+from churn_assets.data.late import LatePolicy
 from churn_assets.data.mapping import check_timezone
 from churn_assets.data.sources import (
     ShopSourceConfig,
@@ -111,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str = "churn"
     seed: int = 42
     windows: Windows = Windows()
+    late_events: LatePolicy = LatePolicy()
     data_gate: GatePolicy = GatePolicy()
     online_store: OnlineStoreSettings = OnlineStoreSettings()
     serving: ServingSettings = ServingSettings()

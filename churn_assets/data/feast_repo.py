@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import io
+import os
 import random
 import warnings
 from collections.abc import Generator, Sequence
@@ -57,9 +59,9 @@ def feature_service_name(features: Sequence[Feature]) -> str:
 
 def feast_objects(features: Sequence[Feature], lake: Lake) -> list[Any]:
     """Entity, feature view and feature service of `features`, as Feast's objects."""
-    with _quiet():
-        import feast
-        from feast import types
+    _import_feast()
+    import feast
+    from feast import types
 
     entity = feast.Entity(
         name=ENTITY,
@@ -164,8 +166,8 @@ class FeatureRepo:
 
         Raises UserError when the registry cannot be used.
         """
-        with _quiet():
-            from feast import FeatureStore, RepoConfig
+        _import_feast()
+        from feast import FeatureStore, RepoConfig
 
         try:
             with self._locked(), _quiet():
@@ -187,8 +189,8 @@ class FeatureRepo:
         Feast knows none. Raises UserError when the spine names a row twice, or Feast returns other
         rows than it was asked for.
         """
-        with _quiet():
-            from churn_assets.data.offline_store import SPINE_TIME
+        _import_feast()
+        from churn_assets.data.offline_store import SPINE_TIME
 
         names = [feature.name for feature in self.features]
         asked = spine.select([ENTITY, CUTOFF])
@@ -263,7 +265,7 @@ class FeatureRepo:
         chosen = sorted(
             random.Random(str(day)).sample(range(rows.num_rows), min(sample, rows.num_rows))
         )
-        rows = rows.take(chosen)
+        rows = rows.take(pa.array(chosen, pa.int64()))
         try:
             reader = open_reader(self.online)
             try:
@@ -319,10 +321,30 @@ class FeatureRepo:
         return state
 
 
+def _import_feast() -> None:
+    """Import Feast without what it does to the process besides.
+
+    Its modules change the warning filters, and turn prometheus_client's metrics into files in a
+    temporary folder, which the environment then hands to every child process.
+    """
+    importlib.import_module("prometheus_client")
+    variables = ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR")
+    before = {name: os.environ.get(name) for name in variables}
+    with warnings.catch_warnings():
+        os.environ.update({name: value or os.devnull for name, value in before.items()})
+        try:
+            importlib.import_module("feast.metrics")
+            importlib.import_module("feast")
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+
+
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Feast prints its progress, and its modules change the process's warning filters."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    """Feast prints its progress."""
+    with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 

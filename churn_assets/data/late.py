@@ -9,6 +9,7 @@ killed half way is finished by the next, and nothing is recomputed twice.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,13 +61,17 @@ class Change(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Outdated:
-    """A raw partition that differs from the source, and by how many events."""
+    """A raw partition that differs from the source, and by how many events.
+
+    content: the hash of what it would say.
+    """
 
     table: str
     day: date
     late: int
     corrected: int
     gone: int
+    content: str
 
     @property
     def reason(self) -> str:
@@ -83,6 +88,11 @@ class Plan:
     raw: tuple[Outdated, ...]
     features: tuple[date, date] | None
     labels: tuple[date, date] | None
+
+    @property
+    def key(self) -> str:
+        """The same for the same plan: 16 hexadecimal digits."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
     def raw_tables(self) -> tuple[str, ...]:
@@ -154,7 +164,8 @@ def _with_arrivals(
 def _difference(lake: Lake, table: str, day: date, events: pa.Table) -> Outdated | None:
     old = lake.read(table, day, day)
     rows = as_known(table, old, events).rows
-    if content_hash(rows) == content_hash(old):
+    content = content_hash(rows)
+    if content == content_hash(old):
         return None
     key = RAW_TABLES[table].key
     there = pc.is_in(rows[key], value_set=old[key].combine_chunks())
@@ -167,6 +178,7 @@ def _difference(lake: Lake, table: str, day: date, events: pa.Table) -> Outdated
         late=int(len(kept) - kept.sum()),
         corrected=sum(row not in before for row in after),
         gone=int(old.num_rows - kept.sum()),
+        content=content,
     )
 
 

@@ -78,7 +78,7 @@ class LakeOfflineStore(duckdb.DuckDBOfflineStore):
             project=project,
             full_feature_names=full_feature_names,
             filter_by_created_timestamp=filter_by_created_timestamp,
-            data_source_reader=_reader(config, needed),
+            data_source_reader=_reader(config, needed, [ref.split(":")[1] for ref in feature_refs]),
             data_source_writer=_no_writer,
         )
 
@@ -104,15 +104,20 @@ class LakeOfflineStore(duckdb.DuckDBOfflineStore):
             created_timestamp_column=created_timestamp_column,
             start_date=start,
             end_date=end,
-            data_source_reader=_reader(config, lambda _, cutoff: start <= cutoff <= end),
+            data_source_reader=_reader(
+                config, lambda _, cutoff: start <= cutoff <= end, feature_name_columns
+            ),
             data_source_writer=_no_writer,
         )
 
 
 def _reader(
-    config: RepoConfig, needed: Callable[[str, datetime], bool]
+    config: RepoConfig, needed: Callable[[str, datetime], bool], features: Collection[str]
 ) -> Callable[[DataSource, str], Table]:
-    """How Feast reads a source: only the partitions whose cutoff is `needed`."""
+    """How Feast reads a source: only the partitions whose cutoff is `needed`.
+
+    Reading raises UserError when there is none, or one lacks one of `features`.
+    """
     store = cast(LakeOfflineStoreConfig, config.offline_store)
     lake = Lake(store.lake, store.lake_options)
     con = ibis.duckdb.connect(**({"temp_directory": store.spill} if store.spill else {}))
@@ -122,6 +127,14 @@ def _reader(
         days = [day for day in present if needed(source.name, cutoff_of(day))]
         if not days:
             raise UserError(_nothing_there(source.name, present))
+        for day in days:
+            columns = lake.schema(source.name, day).names
+            absent = [name for name in features if name not in columns]
+            if absent:
+                raise UserError(
+                    f"{source.name} of {day} has no column {absent[0]}; materialize {source.name} "
+                    f"again for {day}"
+                )
         return lake.scan(con, source.name, days=days).drop(DAY)
 
     return read

@@ -4,7 +4,8 @@ import dagster as dg
 
 from churn_assets.defs.partitions import SETTINGS
 
-# Two runs that train at once would judge themselves against the same incumbent.
+# Two runs that train at once would judge themselves against the same incumbent. One that refreshes
+# data needs what the one before it wrote, so these wait for each other too, in order.
 EXCLUSIVE = {"churn/exclusive": "training"}
 
 daily_refresh = dg.define_asset_job(
@@ -12,6 +13,7 @@ daily_refresh = dg.define_asset_job(
     selection=dg.AssetSelection.assets(
         *SETTINGS.raw_tables, "customer_features", "churn_labels", "online_features"
     ),
+    tags={"churn/exclusive": "data"},
     description="A day's events, its features, also online, and the labels that mature with it.",
 )
 training = dg.define_asset_job(

@@ -21,7 +21,9 @@ from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster_shared.error import SerializableErrorInfo
 
+from churn_assets.data.late import find_outdated, spanning, to_follow
 from churn_assets.data.windows import cutoff_of, days_between, label_partition
+from churn_assets.defs.partitions import range_tags
 from churn_assets.defs.resources import Project
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
@@ -30,8 +32,6 @@ from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
 
 LAUNCHER = {"churn/launched_by": "make run"}
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
 
 # What a step prints belongs on this terminal. Dagster would pass it through two processes a step,
 # which cost time, and which a Ctrl-C ends before the run they serve.
@@ -82,7 +82,7 @@ class Launcher:
         """
         tags = dict(LAUNCHER)
         if days:
-            tags |= {RANGE_START: days[0].isoformat(), RANGE_END: days[1].isoformat()}
+            tags |= range_tags(*days)
         started = time.monotonic()
         result = self.definitions.resolve_job_def(job).execute_in_process(
             instance=self.instance,
@@ -309,12 +309,34 @@ def _bring_in_data(launcher: Launcher) -> None:
         ("labels", ("churn_labels",), label_partition(earliest, settings.windows.horizon_days)),
     ]
     for stage, assets, since in stages:
-        missing = {asset: missing_days(launcher, asset, since, last) for asset in assets}
-        lacking = {asset: days for asset, days in missing.items() if days}
+        lacking = [
+            (asset, days)
+            for asset in assets
+            if (days := missing_days(launcher, asset, since, last))
+        ]
+        lacking += _outdated(project, assets)
         if lacking:
-            starts, ends = zip(*lacking.values(), strict=True)
-            days = min(starts), max(ends)
-            launcher.run(stage, "daily_refresh", list(lacking), days).require()
+            starts, ends = zip(*(days for _, days in lacking), strict=True)
+            names = list(dict.fromkeys(asset for asset, _ in lacking))
+            launcher.run(stage, "daily_refresh", names, (min(starts), max(ends))).require()
     online = project.feature_repo.newest_online()
     if "features" in launcher.seconds or online is None or online < cutoff_of(last):
         launcher.run("online", "daily_refresh", ["online_features"], (last, last)).require()
+
+
+def _outdated(project: Project, assets: Sequence[str]) -> list[tuple[str, tuple[date, date]]]:
+    """Which of `assets` have partitions that late or corrected events made outdated, and when."""
+    settings, lake, ranges = project.settings, project.lake, []
+    for asset in assets:
+        if asset in settings.raw_tables:
+            found = find_outdated(
+                lake, project.source, asset, settings.late_events, now=project.now()
+            )
+            for outdated in found:
+                print(f"  {outdated.reason}", flush=True)
+            days = spanning(outdated.day for outdated in found)
+        else:
+            days = to_follow(lake, asset, settings.windows)
+        if days:
+            ranges.append((asset, days))
+    return ranges

@@ -10,6 +10,9 @@ from churn_assets.settings import load_settings
 
 SETTINGS = load_settings()
 
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
 _END = SETTINGS.calendar.end
 DAILY = dg.DailyPartitionsDefinition(
     start_date=SETTINGS.calendar.start.isoformat(),
@@ -31,15 +34,12 @@ def days_before(days: int) -> dg.TimeWindowPartitionMapping:
     )
 
 
+def range_tags(first: date, last: date) -> dict[str, str]:
+    """The tags of a run that materializes the partitions first to last at once."""
+    return {RANGE_START: first.isoformat(), RANGE_END: last.isoformat()}
+
+
 def partition_range(context: dg.AssetExecutionContext) -> tuple[date, date]:
     """The first and last day this run materializes, both included."""
     keys = context.partition_key_range
     return date.fromisoformat(keys.start), date.fromisoformat(keys.end)
-
-
-def range_tags(first: date, last: date) -> dict[str, str]:
-    """The tags that make one run of a range of days, both included."""
-    return {
-        "dagster/asset_partition_range_start": first.isoformat(),
-        "dagster/asset_partition_range_end": last.isoformat(),
-    }

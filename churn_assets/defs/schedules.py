@@ -5,6 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 import dagster as dg
 from dagster._utils.schedules import is_valid_cron_schedule
 
+from churn_assets.data.late import Plan, plan_refresh
 from churn_assets.defs import jobs
 from churn_assets.defs.partitions import SETTINGS, range_tags
 from churn_assets.defs.resources import Project
@@ -68,6 +69,29 @@ def refresh_request(first: date, last: date) -> dg.RunRequest:
     return dg.RunRequest(tags=range_tags(first, last))
 
 
+def requests_for_late_events(plan: Plan, scheduled: date) -> list[dg.RunRequest]:
+    """The runs that bring the existing partitions up to date, in the order they must go.
+
+    A plan is asked for once a day: should a run fail, the next day's refresh asks again.
+    """
+    stages = (
+        ("raw", plan.raw_tables, plan.raw_days),
+        ("features", ("customer_features", "online_features"), plan.features),
+        ("labels", ("churn_labels",), plan.labels),
+    )
+    reasons = [found.reason for found in plan.raw]
+    why = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if reasons[3:] else "")
+    return [
+        dg.RunRequest(
+            run_key=f"late-{stage}-{scheduled}-{plan.key}",
+            asset_selection=[dg.AssetKey(asset) for asset in assets],
+            tags=range_tags(*days) | {"churn/late": why or "what an unfinished refresh left"},
+        )
+        for stage, assets, days in stages
+        if days
+    ]
+
+
 @dg.schedule(
     job=jobs.daily_refresh,
     cron_schedule=cron("daily_refresh"),
@@ -76,23 +100,41 @@ def refresh_request(first: date, last: date) -> dg.RunRequest:
 )
 def daily_refresh_schedule(
     context: dg.ScheduleEvaluationContext, project: dg.ResourceParam[Project]
-) -> dg.RunRequest | dg.SkipReason:
-    """Bring in the days that have become complete since the newest one that is all there."""
+) -> list[dg.RunRequest] | dg.SkipReason:
+    """Bring in late and corrected events, then the days that have become complete since."""
     newest = refreshed_up_to(project)
     if newest is None:
         return dg.SkipReason("there is no history yet; `make run` brings it in")
     unfinished = dg.RunsFilter(job_name=jobs.daily_refresh.name, statuses=UNFINISHED)
     if context.instance.get_runs(unfinished, limit=1):
         return dg.SkipReason("a refresh is still running")
+    late = late_requests(context, project)
     days = days_to_refresh(
         newest,
         context.scheduled_execution_time,
         project.settings.calendar.end,
         one_at_a_time=project.settings.is_shop,
     )
-    if days is None:
+    if days is None and not late:
         return dg.SkipReason(f"every day up to {newest} is there and no later one is complete")
-    return refresh_request(*days)
+    return [*late, *([refresh_request(*days)] if days else [])]
+
+
+def late_requests(context: dg.ScheduleEvaluationContext, project: Project) -> list[dg.RunRequest]:
+    """What late and corrected events ask for; a source that cannot be read only says so."""
+    try:
+        plan = plan_refresh(
+            project.lake,
+            project.source,
+            SETTINGS.raw_tables,
+            SETTINGS.windows,
+            SETTINGS.late_events,
+            now=project.now(),
+        )
+    except UserError as error:
+        context.log.warning(f"not looked for late events: {error}")
+        return []
+    return requests_for_late_events(plan, context.scheduled_execution_time.date())
 
 
 training_schedule = dg.ScheduleDefinition(

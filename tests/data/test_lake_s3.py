@@ -280,8 +280,8 @@ from churn_assets.defs import launch
 from churn_assets.defs.resources import Project
 project = Project.of(home)
 with DagsterInstance.get() as instance:
-    launch.check_same_source(project)
-    launcher = launch.Launcher(defs, instance, project)
+    launch.claim_lake(project)
+    launcher = launch.Launcher(defs, instance, project, lambda: False)
     launch._bring_in_data(launcher)
     outcome = launcher.run("training_set", "training", ["training_set"])
 print("refused by", outcome.refused_by)

@@ -80,7 +80,7 @@ class Growing:
         self.rows[table].append(row)
         return row
 
-    def read(self, table: str, first: date, last: date) -> SourceRead:
+    def read(self, table: str, first: date, last: date, now: datetime | None = None) -> SourceRead:
         self.reads.append((table, first, last))
         start, end = midnight(first), cutoff_of(last)
         rows = [row for row in self.rows[table] if start <= row["occurred_at"] < end]
@@ -234,7 +234,7 @@ def test_a_correction_counts_from_when_it_was_known(tmp_path: Path) -> None:
     for cutoff_day in (day, known - DAY, known, known + timedelta(days=10), LAST):
         result = check_no_event_after_cutoff(lake, TABLES, cutoff_day, WINDOWS, data_start=START)
         assert result.passed, result.reason
-        assert result.figures["customers_compared"] > 5
+        assert int(result.figures["customers_compared"]) > 5
 
 
 def test_a_row_that_was_only_touched_is_as_it_was(tmp_path: Path) -> None:

@@ -234,10 +234,13 @@ class FeatureRepo:
         with self._locked(), _quiet():
             store.refresh_registry()
             reached = store.get_feature_view(VIEW).most_recent_end_time
-            if newest is not None and newest == reached and newest < end:
+            if newest is None or newest >= end:
+                store.materialize(end, end, [VIEW])
+            elif newest == reached:
                 store.materialize_incremental(end, [VIEW])
             else:
-                store.materialize(end, end, [VIEW])
+                # The registry or the store is not the one of the last time.
+                store.materialize(newest, end, [VIEW])
         state = self._publish(end, data_time)
         rows = self.lake.row_counts(VIEW, day, day)[day]
         return OnlineLoad(rows, state, shown(self.online), self.compare(day))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -223,6 +224,16 @@ def test_rows_come_in_the_order_of_the_spine_with_its_columns(lake: Lake, make: 
         assert tuple(row[name] for name in NAMES) == expected.values
 
 
+def test_a_large_spine_keeps_its_order(lake: Lake, make: Make) -> None:
+    rows = features_of(DAYS[0]).take(pa.array([0] * 100_000))
+    ids = pa.array([f"c{number:06}" for number in range(rows.num_rows)])
+    rows = rows.set_column(0, "customer_id", ids)
+    lake.write("customer_features", DAYS[0], DAYS[0], rows, day_of="day")
+    order = np.random.default_rng(0).permutation(rows.num_rows)
+    asked = spine(lake, DAYS[0]).take(order)
+    assert make().training_rows(asked)["customer_id"].equals(asked["customer_id"])
+
+
 def test_the_past_is_joined_as_feasts_own_duckdb_store_joins_it(
     lake: Lake, make: Make, tmp_path: Path
 ) -> None:
@@ -371,12 +382,24 @@ def test_a_store_that_was_lost_starts_again(lake: Lake, make: Make, location: st
     assert online(location, *newest) == newest
 
 
-def test_a_registry_that_was_lost_starts_again(lake: Lake, make: Make, tmp_path: Path) -> None:
-    make().materialize(DAYS[1])
+def test_a_registry_that_was_lost_costs_nothing(lake: Lake, make: Make, tmp_path: Path) -> None:
+    make().materialize(DAYS[0])
     repo = make(registry=str(tmp_path / "new.db"))
     assert repo.materialize(DAYS[2]).same.passed
-    newest = offline(lake, DAYS[2])
-    assert online(repo.online, *newest) == newest
+    left = population(DAYS[1])[0]
+    assert online(repo.online, left)[left] == offline(lake, DAYS[1])[left]
+
+
+def test_a_store_brought_back_from_a_backup_catches_up(lake: Lake, make: Make) -> None:
+    path, backup = Path(make().online), Path(make().online + ".backup")
+    make().materialize(DAYS[0])
+    shutil.copy(path, backup)
+    make().materialize(DAYS[2])
+    backup.replace(path)
+    assert make().materialize(DAYS[3]).state.newest_cutoff == cutoff_of(DAYS[3])
+    for day in DAYS[:3]:
+        left = population(day)[0]
+        assert online(str(path), left)[left] == offline(lake, day)[left]
 
 
 def test_a_feature_set_that_changes_takes_over_with_its_first_load(

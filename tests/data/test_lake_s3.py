@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from brute_force import DAY, FIRST, TICK, Event, raw_table
 from moto.server import ThreadedMotoServer
 
 from churn_assets.contract.features import features_named
+from churn_assets.contract.online import open_reader
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.tables import ORDERS
 from churn_assets.data.training_set import (
@@ -325,6 +327,11 @@ def test_data_from_the_source_to_the_training_set_without_a_trace_of_credentials
     assert lake.days("churn_labels") == days_between(date(2024, 4, 9), last)
     kept = [name for name in objects(lake) if name.startswith("training_sets/")]
     assert len(kept) == 2
+    newest = lake.read("customer_features", last, last).to_pylist()
+    with closing(open_reader(str(home / "feast" / "online.db"))) as reader:
+        assert reader.state().newest_cutoff == reader.state().data_time == cutoff_of(last)
+        rows = reader.read([row["customer_id"] for row in newest])
+    assert [row and list(row.values) for row in rows] == [list(row.values())[2:] for row in newest]
     assert "about/source.json" in objects(lake)
     assert not list((home / "lake").rglob("*.parquet"))
     assert not [name for name in objects(lake) if ".tmp" in name]

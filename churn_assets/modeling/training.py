@@ -233,7 +233,8 @@ def fit(
             only = "churned" if y.all() else "retained"
             raise UserError(
                 f"every customer of the {part} cutoffs is {only}; "
-                "if the source has ended, set calendar.end to its last day; else check its newest orders"
+                "if the source has ended, set calendar.end to its last day; "
+                "else check its newest orders"
             )
 
     fitted: dict[Family, Any] = {}

@@ -49,12 +49,19 @@ def run() -> None:
 def up() -> None:
     """Run Dagster, MLflow, the churn service and the reports; Ctrl-C stops them."""
     from churn_assets.settings import load_settings
-    from churn_assets.up import run_all
+    from churn_assets.up import check_ports, run_all
 
-    home = Home.from_environment()
+    home, settings = Home.from_environment(), load_settings()
+    check_ports()
     home.prepare()
-    load_settings()
-    sys.exit(run_all(home))
+    with home.exclusive("up"):
+        if home.has_data():
+            home.claim(settings.identity())
+        from churn_assets.defs.launch import close_dead_server_runs
+
+        close_dead_server_runs()
+        code = run_all(home)
+    sys.exit(code)
 
 
 @cli.command()

@@ -149,17 +149,17 @@ class Home:
         written.replace(marker)
 
     @contextmanager
-    def exclusive(self) -> Generator[None]:
-        """Hold the home for one command; the lock goes with the process, however it ends.
+    def exclusive(self, command: str = "run") -> Generator[None]:
+        """Hold the home for one `make <command>`; the lock goes with the process, however it ends.
 
-        Raises UserError when another command holds it.
+        Raises UserError when another one holds it.
         """
-        with (self.root / "run.lock").open("a") as lock:
+        with (self.root / f"{command}.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another `make run` is using {self.root}; wait for it or set CHURN_HOME "
+                    f"another `make {command}` is using {self.root}; wait for it or set CHURN_HOME "
                     "to another folder"
                 ) from None
             yield

@@ -27,6 +27,8 @@ training = dg.define_asset_job(
 build_bento = dg.define_asset_job(
     "build_bento",
     selection=dg.AssetSelection.assets("churn_bento"),
+    # The sensor asks once a version, also when the run it asked for was stopped in the middle.
+    tags={"dagster/max_retries": "2"},
     description="Package the version in Staging for serving.",
 )
 drift = dg.define_asset_job(

@@ -32,6 +32,12 @@ from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
 
 LAUNCHER = {"churn/launched_by": "make run"}
+EXECUTING = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
 
 # What a step prints belongs on this terminal. Dagster would pass it through two processes a step,
 # which cost time, and which a Ctrl-C ends before the run they serve.
@@ -173,15 +179,23 @@ def close_dead_runs(instance: DagsterInstance) -> list[str]:
 
     Only safe while the home is held exclusively: then none of them can still be running.
     """
-    unfinished = [
-        DagsterRunStatus.NOT_STARTED,
-        DagsterRunStatus.STARTING,
-        DagsterRunStatus.STARTED,
-        DagsterRunStatus.CANCELING,
-    ]
-    dead = instance.get_runs(RunsFilter(statuses=unfinished, tags=LAUNCHER))
+    dead = instance.get_runs(RunsFilter(statuses=EXECUTING, tags=LAUNCHER))
     for run in dead:
         instance.report_run_failed(run, "The `make run` that executed this run is gone.")
+    return [run.run_id for run in dead]
+
+
+def close_dead_server_runs() -> list[str]:
+    """Fail the runs an earlier `make up` left behind when all of it was killed; returns their ids.
+
+    Dagster does not see that their processes are gone, and nothing that must wait for them would
+    ever start. Only safe before the servers of this home do.
+    """
+    with DagsterInstance.get() as instance:
+        executing = instance.get_runs(RunsFilter(statuses=EXECUTING))
+        dead = [run for run in executing if not LAUNCHER.items() <= run.tags.items()]
+        for run in dead:
+            instance.report_run_failed(run, "The `make up` that executed this run is gone.")
     return [run.run_id for run in dead]
 
 

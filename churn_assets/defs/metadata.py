@@ -92,7 +92,8 @@ def training_schema(features: Sequence[Feature] = FEATURES) -> dg.TableSchema:
 def sample(rows: pa.Table) -> dg.TableMetadataValue:
     """A few rows of a table, from its beginning to its end."""
     step = max(1, rows.num_rows // SAMPLE_ROWS)
-    picked = rows.take(list(range(0, rows.num_rows, step))[:SAMPLE_ROWS])
+    places = range(0, rows.num_rows, step)[:SAMPLE_ROWS]
+    picked = rows.take(pa.array(places, pa.int64()))
     records = [
         dg.TableRecord({name: _cell(value) for name, value in row.items()})
         for row in picked.to_pylist()

@@ -190,7 +190,10 @@ def rows_of(frame: pd.DataFrame, days: Sequence[date]) -> pd.DataFrame:
     present = set(rows["cutoff"].unique())
     for cutoff, day in cutoffs.items():
         if cutoff not in present:
-            raise UserError(f"the training set has no rows of {day}; materialize it again")
+            raise UserError(
+                f"no customer was active on {day}, so there is nothing to learn from it; "
+                "if the source has ended, set calendar.end to its last day"
+            )
     return rows
 
 
@@ -230,7 +233,8 @@ def fit(
             only = "churned" if y.all() else "retained"
             raise UserError(
                 f"every customer of the {part} cutoffs is {only}; "
-                "check the orders of the label window, or change windows.horizon_days"
+                "if the source has ended, set calendar.end to its last day; "
+                "else check its newest orders"
             )
 
     fitted: dict[Family, Any] = {}

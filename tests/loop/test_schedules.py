@@ -13,6 +13,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+from churn_assets.defs.launch import LAUNCHER, close_dead_server_runs
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, RecordIOManager
 from churn_assets.defs.schedules import (
@@ -231,6 +232,24 @@ def test_a_run_that_failed_in_dagster_says_so_in_mlflow(
     )
     mlflow_failed_runs(context)
     assert client.get_run(run.info.run_id).info.status == "FAILED"
+
+
+def test_runs_whose_servers_were_killed_are_closed(instance: dg.DagsterInstance) -> None:
+    started = dg.DagsterRunStatus.STARTED
+    ours = dict(LAUNCHER)
+    for run_id, status, tags in [
+        ("dead", started, {}),
+        ("of make run", started, ours),
+        ("over", dg.DagsterRunStatus.SUCCESS, {}),
+    ]:
+        instance.add_run(dg.DagsterRun("training", run_id=run_id, status=status, tags=tags))
+    assert close_dead_server_runs() == ["dead"]
+    statuses = {run.run_id: run.status for run in instance.get_runs()}
+    assert statuses == {
+        "dead": dg.DagsterRunStatus.FAILURE,
+        "of make run": started,
+        "over": dg.DagsterRunStatus.SUCCESS,
+    }
 
 
 def test_the_schedules_refuse_what_is_no_cron_expression(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_progress_is_told_for_every_candidate(frame: pd.DataFrame, split: Split)
 
 def test_a_cutoff_without_rows_is_named(frame: pd.DataFrame, split: Split) -> None:
     lost = frame[frame["cutoff"] != pd.Timestamp(cutoff_of(split.train[0]))]
-    with pytest.raises(UserError, match=f"no rows of {split.train[0]}"):
+    with pytest.raises(UserError, match=f"no customer was active on {split.train[0]}"):
         fit(lost, split, FEATURE_NAMES, seed=1, policy=ONE)
 
 

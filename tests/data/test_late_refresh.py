@@ -62,7 +62,7 @@ def change(old, new):
     path.write_text(path.read_text().replace(old, new) if old else path.read_text() + new)
 
 def bring_in(name):
-    launcher = launch.Launcher(defs, instance, project)
+    launcher = launch.Launcher(defs, instance, project, lambda: False)
     launch._bring_in_data(launcher)
     note(name, stages=sorted(launcher.seconds))
 
@@ -72,7 +72,8 @@ def tick():
         scheduled_execution_time=datetime(2026, 1, 1, 2, tzinfo=UTC),
         resources={"project": Project.of(home)},
     )
-    return list(daily_refresh_schedule(context))
+    answer = daily_refresh_schedule(context)
+    return answer if isinstance(answer, list) else [answer]
 
 with dg.DagsterInstance.get() as instance:
     bring_in("first")

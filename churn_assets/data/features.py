@@ -1,11 +1,12 @@
 """The features of every customer at every cutoff, as one Ibis expression.
 
 A window aggregate that is valid at daily cutoffs changes only where an event enters or leaves the
-window. So each event becomes two rows of differences: +1 at the first cutoff that sees it, -1 at
-the first that no longer does. Summed per (customer, cutoff) and accumulated over a customer's
-cutoffs they give the state from one change to the next; a state is then repeated for the cutoffs
-it stays valid at. The cost is that of the events plus the rows that come out, not events times
-cutoffs, and no row looks at another customer, so any range of customers can be computed alone.
+window. So the events of a customer that enter and leave together are summed to one span, and each
+span becomes rows of differences: + at the first cutoff that sees it, - at the first that no longer
+does, one for each window. Summed per (customer, cutoff) and accumulated over a customer's cutoffs
+they give the state from one change to the next; a state is then repeated for the cutoffs it stays
+valid at. The cost is that of the events plus the rows that come out, not events times cutoffs, and
+no row looks at another customer, so any range of customers can be computed alone.
 
 Boundaries follow from data/windows.py. All cutoffs are UTC midnights, so "seen by the cutoff" and
 "inside the look-back" are decided by the UTC day of an event: an event of day e with a window of w
@@ -25,6 +26,7 @@ import pyarrow as pa
 
 from churn_assets.contract.features import FEATURES, Feature, features_for
 from churn_assets.data.lake import DAY, Lake
+from churn_assets.data.moments import epoch_microseconds
 from churn_assets.data.tables import TIMESTAMP
 from churn_assets.data.versions import SUPERSEDED_AT, with_superseded
 from churn_assets.data.windows import Windows, cutoff_of, days_between, midnight
@@ -175,37 +177,55 @@ def _changes(
 
     own = [total for total in totals if total.table == table]
     occurred = events[DAY].delta(first, unit="day")
-    known = events.ingested_at.delta(midnight(first), unit="microsecond") // _MICROSECONDS_A_DAY
-    enters = _cutoff_number(ibis.greatest(occurred, known.fill_null(occurred), 0), step_days)
+    start = epoch_microseconds(midnight(first))
+
+    def day_number(moment: ir.Value) -> Number:
+        return (epoch_microseconds(moment) - start) // _MICROSECONDS_A_DAY
 
     def last_seen(days: int) -> Number:
         if SUPERSEDED_AT not in events.columns:
             return occurred + days
-        gone = events[SUPERSEDED_AT].delta(midnight(first), unit="microsecond")
-        gone = gone // _MICROSECONDS_A_DAY
-        return ibis.least(occurred + days, gone.fill_null(occurred + days))
+        gone = day_number(events[SUPERSEDED_AT]).fill_null(occurred + days)
+        return ibis.least(occurred + days, gone)
 
-    leaves = {
-        days: _cutoff_number(last_seen(days), step_days)
-        for days in dict.fromkeys(total.window_days for total in own)
-    }
-    moment = events.occurred_at.delta(midnight(first), unit="microsecond")
+    known = day_number(events.ingested_at).fill_null(occurred)
+    leaves = {days: f"leaves_{days}" for days in sorted({total.window_days for total in own})}
+    seen = events.select(
+        "customer_id",
+        enters=_cutoff_number(ibis.greatest(occurred, known, 0), step_days),
+        moment=epoch_microseconds(events.occurred_at) - start,
+        **{leaves[days]: _cutoff_number(last_seen(days), step_days) for days in leaves},
+        **{total.column: events[total.column] for total in own if total.column},
+    )
+    seen = seen.filter(seen.enters < cutoffs, seen.enters < seen[leaves[max(leaves)]])
+    # Events that come and go together are one row from here on: most are looked at once.
+    spans = seen.group_by("customer_id", "enters", *leaves.values()).aggregate(
+        moment=seen.moment.max(),
+        **{total.name: _sum_of(seen, total) for total in own},
+    )
 
-    def differences(at: Number, sign: int, window_days: int | None) -> ir.Table:
-        columns = {}
+    def differences(at: str, sign: int, windows: Collection[int]) -> ir.Table:
+        columns: dict[str, ir.Value] = {}
         for total in totals:
-            value = ibis.literal(0)
-            if total in own and window_days in (None, total.window_days):
-                amount: Number = events[total.column] if total.column else 1
-                value = ibis.ifelse(enters < leaves[total.window_days], amount * sign, 0)
+            value: Number = ibis.literal(0)
+            if total in own and total.window_days in windows:
+                is_seen = spans.enters < spans[leaves[total.window_days]]
+                value = ibis.ifelse(is_seen, spans[total.name] * sign, 0)
             columns[total.name] = value.cast(total.dtype)
-        seen_until = leaves[window_days or max(leaves)]
-        last_order = moment if table == "orders" and sign > 0 else ibis.null("int64")
-        return events.filter((enters < seen_until) & (at < cutoffs)).select(
-            "customer_id", at=at, last_order=last_order, **columns
-        )
+        last_order = spans.moment if table == "orders" and sign > 0 else ibis.null("int64")
+        return spans.select("customer_id", at=spans[at], last_order=last_order, **columns)
 
-    return [differences(enters, 1, None), *(differences(leaves[w], -1, w) for w in leaves)]
+    entries = differences("enters", 1, leaves)
+    exits = [
+        differences(name, -1, [days]).filter(spans.enters < spans[name], spans[name] < cutoffs)
+        for days, name in leaves.items()
+    ]
+    return [entries, *exits]
+
+
+def _sum_of(events: ir.Table, total: _Total) -> ir.Value:
+    # Narrow again what a sum widens (DuckDB: to 128 bits).
+    return (events[total.column].sum() if total.column else events.count()).cast(total.dtype)
 
 
 def _cutoff_number(day_number: Number, step_days: int) -> Number:
@@ -290,20 +310,3 @@ def require_look_back(
             f"features of {first} would count over days before the data starts ({data_start}); "
             f"materialize customer_features from {earliest} on"
         )
-
-
-def read_events_around(
-    lake: Lake, tables: Collection[str], day: date, windows: Windows, *, data_start: date
-) -> dict[str, pa.Table]:
-    """The look-back of partition `day` and the day after its cutoff (where it is there), by table.
-
-    What checks.no_event_after_cutoff compares with. Raises UserError as `Lake.read` does.
-    """
-    events = {}
-    for table in tables:
-        if reach := look_back_days(table, windows):
-            after = day + timedelta(days=1)
-            last = day if lake.missing(table, after, after) else after
-            first = max(data_start, day - timedelta(days=reach - 1))
-            events[table] = lake.read(table, first, last)
-    return events

@@ -16,19 +16,19 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import fsspec
 import ibis
 import ibis.expr.types as ir
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -37,17 +37,15 @@ from ibis.backends import BaseBackend
 from ibis.backends.duckdb import Backend as DuckDBBackend
 
 from churn_assets.data.contents import content_hash
+from churn_assets.data.day_files import DAY, DayFiles
 from churn_assets.data.tables import RAW_TABLES
 from churn_assets.data.windows import days_between
 from churn_assets.errors import UserError
 
-DAY = "day"
 _FILE = "part-0.parquet"
 _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$")
 _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
-_MICROSECONDS_A_DAY = 86_400_000_000
-_BATCH_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -181,17 +179,21 @@ class Lake:
         *,
         days: Sequence[date] | None = None,
         columns: Sequence[str] | None = None,
+        customers: Collection[str] | None = None,
         strict: bool = True,
     ) -> pa.Table:
         """The rows of [first, last] as they are stored (without `day`), oldest partition first.
 
-        Raises UserError as `scan` does.
+        With `customers`, only theirs; the others are never in memory. Raises UserError as `scan`
+        does.
         """
         days = self._wanted(table, first, last, days, strict=strict)
         if days:
+            ids = None if customers is None else pa.array(list(customers), pa.string())
+            wanted = None if ids is None else ds.field("customer_id").isin(ids)
             with self._reaching():
                 dataset = self._dataset(table, days)
-                return dataset.to_table(columns=list(columns) if columns else None)
+                return dataset.to_table(list(columns) if columns else None, wanted)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
         empty = RAW_TABLES[table].schema.empty_table()
@@ -235,36 +237,54 @@ class Lake:
         Raises ValueError when a row lies outside of [first, last] or has no day; nothing is
         replaced then.
         """
+        with self.replacing(
+            table,
+            first,
+            last,
+            day_of=day_of,
+            order_by=order_by,
+            before_replacing=before_replacing,
+        ) as files:
+            files.append(rows, complete=True)
+        return files.counts
+
+    @contextmanager
+    def replacing(
+        self,
+        table: str,
+        first: date,
+        last: date,
+        *,
+        day_of: str,
+        order_by: Sequence[str] = (),
+        before_replacing: Callable[[list[date]], None] | None = None,
+    ) -> Generator[DayFiles]:
+        """`write` for rows that come in parts: they are appended to what this gives.
+
+        The partitions are replaced when the block ends, and none of them when it raises.
+        """
         wanted = days_between(first, last)
         if not wanted:
             raise ValueError(f"no days between {first} and {last}")
-        with self._workspace(table) as workspace:
-            schema, parts = _by_day(rows, day_of)
-            counts = dict.fromkeys(wanted, 0)
-            for day, count in self._write_files(workspace, parts, order_by):
-                if day not in counts:
-                    raise ValueError(f"{table}: a row of {day} is outside of {first} to {last}")
-                counts[day] += count
-            empty = schema.empty_table()
-            absent = ((day, empty) for day, count in counts.items() if count == 0)
-            for _ in self._write_files(workspace, absent):
-                pass
+        with self._workspace(table) as workspace, ExitStack() as stack:
+            # An object store takes files, not appends.
+            folder = workspace if self.on_disk else stack.enter_context(TemporaryDirectory())
+            files = DayFiles(folder, wanted, day_of, order_by, _threads())
+            yield files
+            files.finish()
+            complete = {day: f"{workspace}/{day.isoformat()}.tmp" for day in wanted}
+            if not self.on_disk:
+                self.filesystem.put([files.path(day) for day in wanted], list(complete.values()))
             prints = self._fingerprints(table)
             new, replaced = [], []
             for day in wanted:
                 if (old := prints(self.path(table, day))) is None:
                     new.append(day)
-                elif old != prints(f"{workspace}/{day.isoformat()}.tmp"):
+                elif old != prints(complete[day]):
                     replaced.append(day)
             if replaced and before_replacing is not None:
                 before_replacing(replaced)
-            self._place(
-                {
-                    f"{workspace}/{day.isoformat()}.tmp": self.path(table, day)
-                    for day in sorted(new + replaced)
-                }
-            )
-        return counts
+            self._place({complete[day]: self.path(table, day) for day in sorted(new + replaced)})
 
     def _fingerprints(self, table: str) -> Callable[[str], str | None]:
         """A function from the path of a file to what tells its bytes; None where there is none."""
@@ -371,33 +391,6 @@ class Lake:
     def _requests(self) -> int:
         """How many files to ask for at once: an object store is slow to answer, not busy."""
         return _threads() if self.on_disk else 16
-
-    def _write_files(
-        self,
-        workspace: str,
-        parts: Iterable[tuple[date, pa.Table]],
-        order_by: Sequence[str] = (),
-    ) -> Iterator[tuple[date, int]]:
-        keys = [(name, "ascending") for name in order_by]
-
-        def write(day: date, part: pa.Table) -> tuple[date, int]:
-            pq.write_table(
-                part.sort_by(keys) if keys else part,
-                f"{workspace}/{day.isoformat()}.tmp",
-                filesystem=self.filesystem,
-                compression="snappy",
-                coerce_timestamps="us",
-            )
-            return day, part.num_rows
-
-        pending: set[Future[tuple[date, int]]] = set()
-        with ThreadPoolExecutor(self._requests) as pool:
-            for day, part in parts:
-                pending.add(pool.submit(write, day, part))
-                if len(pending) > 4 * self._requests:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in wait(pending).done)
 
     def _sweep(self, table: str) -> None:
         """Remove what killed runs left behind; leave the workspaces of runs still at work."""
@@ -595,81 +588,6 @@ def _changed_at(file: Mapping[str, Any]) -> float:
     """When a file of an object store was written, in seconds; now where the store does not say."""
     moment = file.get("LastModified") or file.get("last_modified") or file.get("created")
     return moment.timestamp() if isinstance(moment, datetime) else time.time()
-
-
-def _by_day(
-    rows: pa.Table | ir.Table, day_of: str
-) -> tuple[pa.Schema, Iterator[tuple[date, pa.Table]]]:
-    """The schema of a file, and the rows of one day after the other."""
-    batches: Iterable[pa.RecordBatch]
-    if isinstance(rows, ir.Table):
-        schema = rows.schema().to_pyarrow()
-        batches = _stream(rows.order_by(day_of), schema)
-    else:
-        schema = rows.schema
-        numbers = _day_numbers(rows[day_of])
-        if np.any(numbers[1:] < numbers[:-1]):
-            # Days since the first fit 16 bits, which numpy sorts by radix: linear, and stable.
-            since = numbers - numbers.min()
-            since = since.astype(np.uint16) if since.max() < 2**16 else since
-            rows = rows.take(pa.array(np.argsort(since, kind="stable")))
-        batches = rows.to_batches()
-    drop = day_of == DAY
-    stored = schema.remove(schema.get_field_index(DAY)) if drop else schema
-    return stored, _split(batches, day_of, stored)
-
-
-def _stream(rows: ir.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The rows in batches, in their order, computed on all cores and never all in memory here.
-
-    Through a temporary table, which DuckDB fills in parallel and spills to disk when it must; a
-    streamed query would run on the one core that asks for the next batch.
-    """
-    con = cast(DuckDBBackend, rows.get_backend())
-    name = f"lake_write_{uuid.uuid4().hex}"
-    con.create_table(name, rows, temp=True)
-    try:
-        for batch in con.con.sql(f'FROM "{name}"').to_arrow_reader(_BATCH_ROWS):
-            yield batch.cast(schema)
-    finally:
-        con.raw_sql(f'DROP TABLE "{name}"')
-
-
-def _split(
-    batches: Iterable[pa.RecordBatch], day_of: str, schema: pa.Schema
-) -> Iterator[tuple[date, pa.Table]]:
-    """Cut batches that are ordered by day at the changes of day."""
-    current: int | None = None
-    pieces: list[pa.RecordBatch] = []
-    for batch in batches:
-        numbers = _day_numbers(batch.column(day_of))
-        stored = batch.select(schema.names)
-        edges = np.flatnonzero(np.diff(numbers)) + 1
-        for start, stop in zip([0, *edges], [*edges, len(numbers)], strict=True):
-            if start == stop:
-                continue
-            if current is not None and numbers[start] != current:
-                yield _date(current), pa.Table.from_batches(pieces, schema)
-                pieces = []
-            current = int(numbers[start])
-            pieces.append(stored.slice(start, stop - start))
-    if current is not None:
-        yield _date(current), pa.Table.from_batches(pieces, schema)
-
-
-def _day_numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Days since 1970-01-01 (UTC) of dates or timestamps."""
-    if column.null_count:
-        raise ValueError(f"{column.null_count} rows without a day")
-    if pa.types.is_date32(column.type):
-        return column.cast(pa.int32()).to_numpy()
-    return column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64()).to_numpy() // (
-        _MICROSECONDS_A_DAY
-    )
-
-
-def _date(number: int) -> date:
-    return date.fromordinal(date(1970, 1, 1).toordinal() + number)
 
 
 def _refuse_missing(table: str, missing: Sequence[date]) -> None:

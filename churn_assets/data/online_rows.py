@@ -11,6 +11,7 @@ import importlib
 import itertools
 import sqlite3
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -45,11 +46,17 @@ WHERE substr(excluded.row, 1, 16) >= substr(row, 1, 16)
 
 # Lua compares strings by the locale, so the cutoffs are unpacked: a double holds microseconds.
 _SET_NEWER = """
-for i = 1, #KEYS do
-  local old = redis.call('GETRANGE', KEYS[i], 8, 15)
-  if #old < 8 or struct.unpack('>i8', old) <= struct.unpack('>i8', ARGV[i], 9) then
-    redis.call('SET', KEYS[i], ARGV[i])
+local held = redis.call('MGET', unpack(KEYS))
+local newer = {}
+for i, key in ipairs(KEYS) do
+  local row = held[i]
+  if not row or #row < 16 or struct.unpack('>i8', row, 9) <= struct.unpack('>i8', ARGV[i], 9) then
+    newer[#newer + 1] = key
+    newer[#newer + 1] = ARGV[i]
   end
+end
+if #newer > 0 then
+  redis.call('MSET', unpack(newer))
 end
 """
 
@@ -234,9 +241,15 @@ class RedisOnlineWriter:
         with self._reaching():
             self._change_state(lambda state: _following(state, codec.fingerprint, newest))
             head = row_key(self._namespace, codec.fingerprint, "")
-            for start in range(0, len(rows), _KEYS_A_CALL):
+
+            def put(start: int) -> None:
                 keys = [head + each for each in customer_ids[start : start + _KEYS_A_CALL]]
                 self._set_newer(keys=keys, args=rows[start : start + _KEYS_A_CALL])
+
+            # Two calls at a time: Redis works on one while the other is put into bytes here.
+            with ThreadPoolExecutor(2) as pool:
+                for _ in pool.map(put, range(0, len(rows), _KEYS_A_CALL)):
+                    pass
 
     def publish(self, state: OnlineState) -> None:
         """Turn the readers to the feature set of `state`; the rows of any other are removed."""

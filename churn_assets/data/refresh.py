@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from churn_assets.contract.features import Feature
-from churn_assets.data.checks import CheckResult, no_event_after_cutoff
+from churn_assets.data.checks import CheckResult
 from churn_assets.data.features import (
     customer_features,
-    look_back_days,
     require_look_back,
     scan_look_back,
 )
@@ -30,12 +29,14 @@ from churn_assets.data.late import (
     settle,
 )
 from churn_assets.data.quarantine import store_quarantine
+from churn_assets.data.ranges import customer_ranges
+from churn_assets.data.results import to_arrow
 from churn_assets.data.schema import features_schema
 from churn_assets.data.sources import Source
-from churn_assets.data.tables import RAW_TABLES
+from churn_assets.data.tables import RAW_ORDER, RAW_TABLES
 from churn_assets.data.validation import validate_events, validate_features
-from churn_assets.data.versions import as_known, read_events_known, store_superseded
-from churn_assets.data.windows import Windows, cutoff_of, days_between
+from churn_assets.data.versions import as_known, store_superseded
+from churn_assets.data.windows import Windows, days_between
 
 if TYPE_CHECKING:
     from ibis.backends.duckdb import Backend as DuckDBBackend
@@ -93,7 +94,7 @@ def refresh_raw(
         last,
         events,
         day_of="occurred_at",
-        order_by=["occurred_at"],
+        order_by=RAW_ORDER,
         before_replacing=before_replacing,
     )
     return Refreshed(rows, read.rows_read, read.filtered, count_reasons(refused), _newest(events))
@@ -122,27 +123,54 @@ def refresh_features(
     nulls: Counter[str] = Counter()
     read, sample = 0, None
     for start, end in chunks(first, last, CHUNK_DAYS):
-        scans = scan_look_back(lake, con, tables, start, end, windows, data_start=data_start)
-        computed = customer_features(scans, start, end, windows).to_pyarrow()
-        checked = validate_features(computed, names)
-        store_quarantine(lake, FEATURES_TABLE, start, end, checked.quarantined)
-        rows |= lake.write(
+        refused = []
+        with lake.replacing(
             FEATURES_TABLE,
             start,
             end,
-            checked.valid,
             day_of=DAY,
             order_by=["customer_id"],
             before_replacing=lambda days: note_change(lake, FEATURES_TABLE, days),
-        )
-        read += computed.num_rows
-        nulls.update({name: computed[name].null_count for name in names})
-        reasons.update(count_reasons(checked.quarantined))
-        sample = _newest(checked.valid)
+        ) as files:
+            for computed in compute_features(
+                lake, con, tables, start, end, windows, data_start=data_start
+            ):
+                checked = validate_features(computed, names)
+                files.append(checked.valid)
+                refused.append(checked.quarantined)
+                read += computed.num_rows
+                nulls.update({name: computed[name].null_count for name in names})
+                sample = _newest(checked.valid)
+            quarantined = pa.concat_tables(refused)
+            store_quarantine(lake, FEATURES_TABLE, start, end, quarantined)
+        rows |= files.counts
+        reasons.update(count_reasons(quarantined))
     assert sample is not None, "a range has at least one day"
     settle(lake, FEATURES_TABLE, notes, first, last, windows)
     ratios = {name: nulls[name] / read if read else 0.0 for name in names}
     return Refreshed(rows, read, 0, dict(reasons), sample, ratios)
+
+
+def compute_features(
+    lake: Lake,
+    con: DuckDBBackend,
+    tables: Sequence[str],
+    first: date,
+    last: date,
+    windows: Windows,
+    *,
+    data_start: date,
+    step_days: int = 1,
+) -> Iterator[pa.Table]:
+    """The rows of `customer_features`, computed for one range of customers after the other.
+
+    In ascending order of the ranges; within one the rows come in no order. Raises UserError as
+    `scan_look_back` does.
+    """
+    scans = scan_look_back(lake, con, tables, first, last, windows, data_start=data_start)
+    for customers in customer_ranges(lake, scans, first, last, windows, step_days=step_days):
+        events = {name: customers.of(table) for name, table in scans.items()}
+        yield to_arrow(customer_features(events, first, last, windows, step_days=step_days))
 
 
 def refresh_labels(
@@ -163,25 +191,6 @@ def refresh_labels(
 def check_feature_schema(lake: Lake, features: Sequence[Feature], day: date) -> CheckResult:
     """Whether the partition `day` of the features has its columns, types and ranges."""
     return judge_schema(lake.read("customer_features", day, day), features_schema(features))
-
-
-def check_no_event_after_cutoff(
-    lake: Lake, tables: Sequence[str], day: date, windows: Windows, *, data_start: date
-) -> CheckResult:
-    """Recompute the features of the partition `day` from what happened before its cutoff alone.
-
-    Events of the two days after are handed over where there are any: only with them can a leak
-    show.
-    """
-    raw = {}
-    for table in tables:
-        reach = look_back_days(table, windows)
-        if reach:
-            first = max(data_start, day - timedelta(days=reach))
-            last = day + timedelta(days=2)
-            raw[table] = read_events_known(lake, table, first, last, cutoff_of(day))
-    features = lake.read("customer_features", day, day)
-    return no_event_after_cutoff(features, raw, windows, cutoff=cutoff_of(day))
 
 
 def check_label_windows(lake: Lake, first: date, last: date, windows: Windows) -> CheckResult:

@@ -8,6 +8,9 @@ import pyarrow as pa
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
+# How the events of a day lie in the lake: a reader of some customers then skips the others' rows.
+RAW_ORDER = ("customer_id", "occurred_at")
+
 
 @dataclass(frozen=True)
 class Column:

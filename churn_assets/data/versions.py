@@ -9,6 +9,7 @@ that merely was touched (all it says is the same) stays known since it was first
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from churn_assets.data.lake import DAY, Lake
-from churn_assets.data.tables import RAW_TABLES, TIMESTAMP
+from churn_assets.data.tables import RAW_ORDER, RAW_TABLES, TIMESTAMP
 
 if TYPE_CHECKING:
     from ibis.backends import BaseBackend
@@ -85,7 +86,7 @@ def store_superseded(lake: Lake, table: str, rows: pa.Table) -> None:
             pairs = zip(versions[key].to_pylist(), versions["ingested_at"].to_pylist(), strict=True)
             new = pa.array([pair not in known for pair in pairs], pa.bool_())
             versions = pa.concat_tables([kept, versions.filter(new)])
-        lake.write(name, day, day, versions, day_of="occurred_at", order_by=["occurred_at"])
+        lake.write(name, day, day, versions, day_of="occurred_at", order_by=RAW_ORDER)
 
 
 def with_superseded(
@@ -106,18 +107,24 @@ def with_superseded(
 
 
 def read_events_known(
-    lake: Lake, table: str, first: date, last: date, cutoff: datetime
+    lake: Lake,
+    table: str,
+    first: date,
+    last: date,
+    cutoff: datetime,
+    customers: Collection[str] | None = None,
 ) -> pa.Table:
     """The events of the partitions first..last that are there, as they were known at `cutoff`.
 
     For an event corrected since, both versions; only the former was ingested before the cutoff.
+    With `customers`, only theirs.
     """
-    rows = lake.read(table, first, last, strict=False)
+    rows = lake.read(table, first, last, customers=customers, strict=False)
     name = superseded_table(table)
     days = [day for day in lake.days(name) if first <= day <= last]
     if not days:
         return rows
-    former = lake.read(name, days=days)
+    former = lake.read(name, days=days, customers=customers)
     # A version ends with the cutoff that first sees the next one.
     former = former.filter(pc.greater_equal(former[SUPERSEDED_AT], pa.scalar(cutoff, TIMESTAMP)))
     return pa.concat_tables([rows, former.select(rows.column_names).cast(rows.schema)])

@@ -28,7 +28,6 @@ from churn_assets.data.features import (
     customer_features,
     earliest_feature_day,
     look_back_days,
-    read_events_around,
     require_look_back,
     scan_look_back,
 )
@@ -304,18 +303,6 @@ def test_a_sample_looks_first_at_who_was_active_after_the_cutoff() -> None:
 
 def test_the_check_refuses_more_than_one_cutoff() -> None:
     assert not leak_check(compute(LEAK_FREE, days=2)).passed
-
-
-def test_events_around_reach_from_the_look_back_to_the_day_after(tmp_path) -> None:
-    lake = Lake(str(tmp_path))
-    start, last = FIRST - timedelta(days=20), FIRST + DAY
-    happened = [Event("a", midnight(day)) for day in days_between(start, last)]
-    for table in ("orders", "logins"):
-        lake.write(table, start, last, raw_table(table, happened), day_of="occurred_at")
-    read = read_events_around(lake, ("orders", "logins"), FIRST, Windows(), data_start=start)
-    assert {table: rows.num_rows for table, rows in read.items()} == {"orders": 22, "logins": 8}
-    newest = read_events_around(lake, ("logins",), last, Windows(), data_start=start)
-    assert newest["logins"].num_rows == 7
 
 
 @settings(max_examples=10, deadline=None)

@@ -4,14 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 from datetime import date, timedelta
+from itertools import pairwise
 
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from brute_force import DAY, FIRST, TICK, Event, raw_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from churn_assets.data.contents import content_hash
@@ -128,7 +130,7 @@ def test_a_row_without_a_day_is_refused(tmp_path) -> None:
 def test_a_write_that_fails_half_way_leaves_everything_as_it_was(tmp_path, monkeypatch) -> None:
     lake = filled(tmp_path)
     before = files(lake)
-    write_table, calls = pq.write_table, []
+    write_table, calls = pq.ParquetWriter.write_table, []
 
     def failing(*args, **options):
         calls.append(args)
@@ -136,7 +138,7 @@ def test_a_write_that_fails_half_way_leaves_everything_as_it_was(tmp_path, monke
             raise OSError("disk full")
         return write_table(*args, **options)
 
-    monkeypatch.setattr(pq, "write_table", failing)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", failing)
     rows = orders(*(midnight(day) for day in DAYS))
     with pytest.raises(OSError, match="disk full"):
         lake.write("orders", FIRST, LAST, rows, day_of="occurred_at")
@@ -241,6 +243,56 @@ def test_rows_in_many_chunks_are_cut_by_day(tmp_path) -> None:
     counts = lake.write("orders", FIRST, LAST, chunked, day_of="occurred_at")
     assert counts == dict.fromkeys(DAYS, 8)
     assert lake.read("orders").equals(rows)
+
+
+@pytest.mark.parametrize("root", ["disk", "memory://"])
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_where_a_part_ends_leaves_no_trace(tmp_path_factory, root: str, cuts: list[int]) -> None:
+    base = tmp_path_factory.mktemp("lake") if root == "disk" else f"memory://{uuid.uuid4().hex}"
+    lake = Lake(str(base))
+    # 40 rows of 4 days, in groups of 3: parts end inside of groups, at their end, and are empty.
+    rows = pa.table(
+        {"x": range(40), "day": pa.array([DAYS[n % 4] for n in range(40)], pa.date32())}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("churn_assets.data.day_files.GROUP_ROWS", 3)
+        whole = lake.write("whole", FIRST, LAST, rows, day_of="day", order_by=["x"])
+        with lake.replacing("parts", FIRST, LAST, day_of="day", order_by=["x"]) as parts:
+            for start, end in pairwise([0, *sorted(cuts), 40]):
+                parts.append(rows.slice(start, end - start))
+    assert parts.counts == whole
+    assert list(whole.values()) == [10, 10, 10, 10, 0]
+    for day in DAYS:
+        path = lake.path("whole", day)
+        assert lake.filesystem.cat_file(path) == lake.filesystem.cat_file(lake.path("parts", day))
+        with lake.filesystem.open(path) as file:
+            groups = pq.ParquetFile(file).metadata
+        sizes = [groups.row_group(n).num_rows for n in range(groups.num_row_groups)]
+        assert sizes == ([3, 3, 3, 1] if whole[day] else [0]), sizes
+
+
+def test_parts_that_fail_replace_nothing(tmp_path) -> None:
+    lake = filled(tmp_path)
+    before = files(lake)
+
+    def half_a_write() -> None:
+        with lake.replacing("orders", FIRST, LAST, day_of="occurred_at") as parts:
+            parts.append(orders(midnight(FIRST), amount=9))
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half_a_write()
+    assert files(lake) == before
+
+
+def test_partitions_of_unknown_columns_are_not_written(tmp_path) -> None:
+    lake = filled(tmp_path)
+    with (
+        pytest.raises(ValueError, match="nothing was appended"),
+        lake.replacing("orders", FIRST, LAST, day_of="occurred_at"),
+    ):
+        pass
 
 
 def test_a_file_beside_the_tables(tmp_path) -> None:

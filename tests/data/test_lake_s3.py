@@ -13,10 +13,10 @@ from pathlib import Path
 
 import ibis
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from brute_force import DAY, FIRST, TICK, Event, raw_table
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from churn_assets.contract.features import features_named
 from churn_assets.contract.online import open_reader
@@ -122,15 +122,15 @@ def test_a_write_replaces_exactly_its_partitions(lake: Lake) -> None:
 
 def test_a_write_that_fails_half_way_leaves_everything_as_it_was(lake: Lake, monkeypatch) -> None:
     before = objects(fill(lake))
-    write_table, calls = pq.write_table, []
+    put_file, calls = S3FileSystem._put_file, []
 
-    def failing(*args, **options):
+    async def failing(*args, **options):
         calls.append(args)
         if len(calls) == 3:
             raise OSError("the line is dead")
-        return write_table(*args, **options)
+        return await put_file(*args, **options)
 
-    monkeypatch.setattr(pq, "write_table", failing)
+    monkeypatch.setattr(S3FileSystem, "_put_file", failing)
     rows = orders(*(midnight(day) for day in DAYS))
     with pytest.raises(OSError, match="the line is dead"):
         lake.write("orders", FIRST, LAST, rows, day_of="occurred_at")

@@ -24,8 +24,8 @@ from churn_assets.data.late import (
     plan_refresh,
     touched_days,
 )
+from churn_assets.data.leaks import check_no_event_after_cutoff
 from churn_assets.data.refresh import (
-    check_no_event_after_cutoff,
     refresh_features,
     refresh_labels,
     refresh_raw,

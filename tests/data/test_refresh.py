@@ -10,12 +10,14 @@ import pyarrow.compute as pc
 import pytest
 
 from churn_assets.contract.features import FEATURES, features_for
+from churn_assets.data.features import scan_look_back
 from churn_assets.data.lake import Lake
+from churn_assets.data.leaks import check_no_event_after_cutoff
 from churn_assets.data.quarantine import UNDATED, read_quarantine, store_quarantine
+from churn_assets.data.ranges import CustomerRange, customer_ranges
 from churn_assets.data.refresh import (
     check_feature_schema,
     check_label_windows,
-    check_no_event_after_cutoff,
     chunks,
     refresh_features,
     refresh_labels,
@@ -149,6 +151,41 @@ def test_features_in_chunks_are_those_at_once(
     assert other.content_hashes("customer_features", days) == lake.content_hashes(
         "customer_features", days
     )
+
+
+def test_features_of_ranges_of_customers_are_the_same_files(
+    lake: Lake, tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    other = Lake(str(tmp_path))
+    for table in TABLES:
+        refresh_raw(other, ShopSource(shop), table, START, LAST, now=NOW)
+    found = []
+
+    def small_ranges(*args, **options):
+        found.extend(customer_ranges(*args, **options, rows_at_once=4_000))
+        return found
+
+    monkeypatch.setattr("churn_assets.data.refresh.customer_ranges", small_ranges)
+    con = ibis.duckdb.connect()
+    done = refresh_features(
+        other, con, FEATURES, TABLES, FIRST_FEATURES, LAST, WINDOWS, data_start=START
+    )
+    con.disconnect()
+    assert len(found) > 5
+    assert [one.end for one in found[:-1]] == [one.first for one in found[1:]]
+    assert found[0].first is None
+    assert found[-1].end is None
+    assert done.rows == lake.row_counts("customer_features")
+    for day in lake.days("customer_features"):
+        paths = [Path(one.path("customer_features", day)) for one in (lake, other)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_few_rows_are_one_range(lake: Lake):
+    con = ibis.duckdb.connect()
+    scans = scan_look_back(lake, con, TABLES, LAST, LAST, WINDOWS, data_start=START)
+    assert customer_ranges(lake, scans, LAST, LAST, WINDOWS) == [CustomerRange()]
+    con.disconnect()
 
 
 def test_the_checks_pass_on_what_was_computed(lake: Lake):

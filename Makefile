@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up test lint format lock clean
+.PHONY: help env run up test bench lint format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -40,6 +40,9 @@ up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 
 test: env ## the test suite
 	@$(BIN)/python -m pytest
+
+bench: env ## measure speed and memory; ONLY=features measures that alone
+	@$(BIN)/python -m tests.bench $(ONLY)
 
 lint: env ## formatting, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run make format"; exit 1; }

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from churn_assets.contract.features import FEATURES
+from churn_assets.data.lake import Lake
+from churn_assets.data.windows import days_between
+from tests.bench import __main__ as command
+from tests.bench import events, features, online
+from tests.bench.events import FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY, Size
+
+
+def test_a_small_bench_from_the_command_to_its_result(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CHURN_HOME", str(tmp_path))
+    monkeypatch.setitem(events.SIZES, "XS", Size("XS", 300, 20_000))
+    monkeypatch.setitem(command.BENCHES, "features", lambda data: features.run(data, ("XS",), 500))
+    assert command.main(["features"]) == 0
+    result = json.loads((tmp_path / "bench" / "features.json").read_text())
+    assert {"machine", "versions", "rows"} <= set(result)
+    cases = {(line["case"], line["metric"], line["peer"]) for line in result["rows"]}
+    assert {
+        ("features/XS", "seconds", "pandas"),
+        ("features/XS", "peak_mb", "scan_write"),
+        ("features/daily-XS", "seconds", "scan_write"),
+        ("features/historical-500", "seconds", "feast"),
+        ("features/historical-500", "seconds", "asof"),
+    } <= cases
+    for line in result["rows"]:
+        assert line["ratio"] == pytest.approx(line["ours"] / line["theirs"], rel=0.05, abs=1e-3)
+    assert "features/XS" in capsys.readouterr().out
+    same_as_pandas(Lake(str(tmp_path / "bench" / "data" / "XS")))
+
+
+def same_as_pandas(lake: Lake) -> None:
+    """What is measured side by side must be the same work."""
+    for day in days_between(FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY)[:: events.STEP_DAYS]:
+        ours = lake.read("customer_features", day, day).drop(["cutoff"]).to_pandas()
+        theirs = pd.read_parquet(Path(lake.root, "pandas", f"{day}.parquet")).reset_index()
+        assert len(ours) > 50
+        pd.testing.assert_frame_equal(ours, theirs.sort_values("customer_id", ignore_index=True))
+
+
+def test_online_loads_are_measured_against_feast(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(online.shutil, "which", lambda name: None)
+    lines = online.run(tmp_path, 2_000)
+    assert "nothing measured with Redis" in capsys.readouterr().out
+    assert {line["metric"] for line in lines} == {"seconds", "peak_mb"}
+    assert "feast sqlite" in {line["peer"] for line in lines}
+    table = Lake(str(tmp_path / "online-2000")).read("customer_features")
+    assert table.num_rows == 2_000
+    assert set(table.column_names) == {"customer_id", "cutoff", *(f.name for f in FEATURES)}
+
+
+def test_a_bench_that_is_not_there(capsys) -> None:
+    assert command.main(["speed"]) == 2
+    assert "there is no bench speed; there are features" in capsys.readouterr().err
+
+
+def test_events_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    lakes = [Lake(str(tmp_path / name)) for name in "ab"]
+    for lake in lakes:
+        events.generate(lake, Size("XS", 50, 2_000))
+    one, other = (pa.concat_tables([lake.read("logins")]) for lake in lakes)
+    assert one.equals(other)
+    assert one.num_rows > 1_000

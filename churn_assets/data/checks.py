@@ -14,6 +14,9 @@ from churn_assets.contract.features import FEATURES
 from churn_assets.data.tables import TIMESTAMP
 from churn_assets.data.windows import Interval, Windows, look_back
 
+MAX_CUSTOMERS = 20_000
+"""How many customers of a cutoff are compared, at most."""
+
 _MICROSECONDS_A_DAY = 86_400_000_000
 _LOOK_BACK = {feature.name: feature.window_days for feature in FEATURES}
 
@@ -33,7 +36,7 @@ def no_event_after_cutoff(
     windows: Windows,
     *,
     cutoff: datetime | None = None,
-    max_customers: int = 20_000,
+    max_customers: int = MAX_CUSTOMERS,
 ) -> CheckResult:
     """Whether the features of one cutoff are those of the events before it, and nothing else.
 
@@ -62,7 +65,7 @@ def no_event_after_cutoff(
     present = _customers(features)
     later = {name: events.filter(_at_or_after(events, cutoff)) for name, events in tables.items()}
     active = set().union(*(_customers(events) for events in later.values()))
-    chosen = _choose(population | present, active, max_customers)
+    chosen = choose_customers(population | present, active, max_customers)
 
     missing = sorted((chosen & population) - present)
     unexpected = sorted((chosen & present) - population)
@@ -153,7 +156,7 @@ def _recompute(
     return {name: recipes[name](name) for name in names}
 
 
-def _choose(everyone: set[str], active: set[str], most: int) -> set[str]:
+def choose_customers(everyone: set[str], active: set[str], most: int) -> set[str]:
     """At most `most` of everyone: half of them from `active`, all of them spread evenly."""
     if len(everyone) <= most:
         return everyone

@@ -36,11 +36,13 @@ class GatePolicy:
     """Limits of the gate.
 
     min_rows: at least this many rows. max_null_ratio: at most this share of nulls in a column.
+    max_feature_auc: at most this ROC AUC of one feature by itself, either way round.
     Raises UserError for a limit that would let anything pass.
     """
 
     min_rows: int = 10_000
     max_null_ratio: float = 0.05
+    max_feature_auc: float = 0.97
 
     def __post_init__(self) -> None:
         if self.min_rows < 1:
@@ -48,6 +50,11 @@ class GatePolicy:
         if not (math.isfinite(self.max_null_ratio) and 0 <= self.max_null_ratio < 1):
             raise UserError(
                 f"data_gate.max_null_ratio is {self.max_null_ratio}; set 0 or more, below 1"
+            )
+        if not 0.5 < self.max_feature_auc < 1:
+            raise UserError(
+                f"data_gate.max_feature_auc is {self.max_feature_auc}; "
+                "set a number above 0.5 and below 1"
             )
 
 

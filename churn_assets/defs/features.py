@@ -8,10 +8,10 @@ from churn_assets.contract.features import features_for
 from churn_assets.data.checks import CheckResult
 from churn_assets.data.features import look_back_days
 from churn_assets.data.gate import judge_null_ratios
+from churn_assets.data.leaks import check_no_event_after_cutoff
 from churn_assets.data.refresh import (
     check_feature_schema,
     check_label_windows,
-    check_no_event_after_cutoff,
     refresh_features,
     refresh_labels,
 )

@@ -7,6 +7,7 @@ import msgspec
 import pyarrow.compute as pc
 
 from churn_assets.data.gate import judge_data
+from churn_assets.data.leaks import check_training_rows
 from churn_assets.data.training_set import (
     assemble_training_set,
     restore_training_set,
@@ -26,6 +27,7 @@ from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
 from churn_assets.modeling.onnx_export import check_parity, export_onnx
+from churn_assets.modeling.plausibility import judge_single_features
 from churn_assets.modeling.split import Split, temporal_split
 from churn_assets.modeling.training import fit, rows_of
 
@@ -59,6 +61,24 @@ def split_of(record: TrainingSetRecord) -> Split:
             asset="training_set",
             blocking=True,
             description="Every feature row found its label, and every label its features.",
+        ),
+        dg.AssetCheckSpec(
+            "known_at_cutoff",
+            asset="training_set",
+            blocking=True,
+            description=(
+                "At every cutoff the rows follow from the events before it alone: recomputed "
+                "another way, for up to 20,000 customers of each."
+            ),
+        ),
+        dg.AssetCheckSpec(
+            "no_feature_too_good",
+            asset="training_set",
+            blocking=True,
+            description=(
+                f"No feature by itself has an AUC above {SETTINGS.data_gate.max_feature_auc:g}, "
+                "on all rows or on those of a cutoff."
+            ),
         ),
     ],
 )
@@ -96,6 +116,17 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
     store_training_set(project.lake, assembled)
     log_training_set(mlflow, record, msgspec.json.encode(assembled.manifest))
     gate = judge_data(assembled.table, FEATURES, SETTINGS.data_gate)
+    known = check_training_rows(
+        project.lake,
+        assembled.table,
+        SETTINGS.raw_tables,
+        split.days,
+        SETTINGS.windows,
+        data_start=SETTINGS.calendar.start,
+    )
+    plausible = judge_single_features(
+        assembled.table.to_pandas(), names, SETTINGS.data_gate.max_feature_auc
+    )
     return dg.MaterializeResult(
         value=record,
         data_version=dg.DataVersion(record.data_hash),
@@ -112,6 +143,8 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
         check_results=[
             check_outcome(gate, name="data_gate"),
             check_outcome(assembled.complete, name="no_row_lost"),
+            check_outcome(known, name="known_at_cutoff"),
+            check_outcome(plausible, name="no_feature_too_good"),
         ],
     )
 

@@ -44,6 +44,8 @@ CHECKS = {
     "churn_labels.whole_window_there",
     "online_features.same_as_lake",
     "training_set.data_gate",
+    "training_set.known_at_cutoff",
+    "training_set.no_feature_too_good",
     "training_set.no_row_lost",
     "trained_model.onnx_parity",
     "evaluation_report.accuracy",

@@ -94,7 +94,7 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
         max_train_cutoffs=SETTINGS.training.max_train_cutoffs,
     )
     names = [feature.name for feature in FEATURES]
-    with project.engine() as con:
+    with project.local_engine() as con:
         assembled = assemble_training_set(
             project.lake,
             con,

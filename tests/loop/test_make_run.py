@@ -282,6 +282,15 @@ def asked(home: Path, *arguments: str) -> str:
     return done.output
 
 
+def test_the_week_of_a_run_is_done_and_nothing_trains_for_it_again(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "train")
+    assert done.code == 0
+    assert re.search(r"run \S+ is the training of \d{4}-W\d\d; to train again", done.out)
+    (run,) = first_run.seen.mlflow
+    assert run.data.tags["retrain_reason"].startswith("weekly training of ")
+
+
 def test_versions_are_listed(first_run: Run):
     listed = asked(first_run.home, "versions")
     line = next(line for line in listed.splitlines() if line.split()[0] == "1")

@@ -254,9 +254,9 @@ def test_the_version_is_in_staging_with_its_models(first_run: Run):
     assert first_run.seen.aliases == {"staging": "1"}
     assert version.run_id == first_run.seen.mlflow[0].info.run_id
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
-    (step,) = json.loads(version.tags["stage_history"])
-    assert (step["source"], step["target"]) == ("None", "Staging")
-    assert set(step["evidence"]) == {"accuracy", "auc", "p95_latency_ms"}
+    (step,) = first_run.seen.history
+    assert (step.source, step.target, step.who) == ("None", "Staging", "pipeline")
+    assert set(step.evidence.figures) == {"accuracy", "auc", "p95_latency_ms"}
     kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
     assert {"model.onnx", "model.skops"} <= set(kept)
     assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))

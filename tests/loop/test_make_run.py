@@ -18,8 +18,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from command import RAW, ROOT, assert_readable, churn, days_of, mlflow_of
-from conftest import Run
+from command import RAW, ROOT, Run, assert_readable, churn, days_of, mlflow_of
 
 from churn_assets.cli import cli
 from churn_assets.contract.features import FEATURE_NAMES

@@ -44,7 +44,7 @@ from churn_assets.data.windows import days_between
 from churn_assets.errors import UserError
 
 if TYPE_CHECKING:
-    from churn_assets.data.spark import SparkBackend
+    from ibis.backends.pyspark import Backend as SparkBackend
 
 _FILE = "part-0.parquet"
 _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$")

@@ -33,22 +33,8 @@ _SECONDS_TO_END = 30.0
 _LOOPBACK = "127.0.0.1"
 
 
-class SparkBackend(Backend):
-    """Ibis' backend, but for small tables in memory, which reach Spark as Arrow.
-
-    As pandas they would pass through this machine's own time zone, in which a UTC midnight may
-    come twice.
-    """
-
-    def _register_in_memory_table(self, op: ops.InMemoryTable) -> None:
-        frame = _frame(self, op.data.to_pyarrow(op.schema))
-        frame.createOrReplaceTempView(op.name)
-
-
 @contextmanager
-def open_spark(
-    master: str, memory: str, conf: Mapping[str, str], spill: str
-) -> Generator[SparkBackend]:
+def open_spark(master: str, memory: str, conf: Mapping[str, str], spill: str) -> Generator[Backend]:
     """A Spark session at `master`, and its driver's JVM, for the length of a block.
 
     memory: of the driver. conf: Spark settings that go before those of this project, except for
@@ -78,6 +64,10 @@ def open_spark(
         "spark.driver.memory": memory,
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.ansi.enabled": "true",
+        # Otherwise small tables in memory pass through this machine's own time zone, in which a
+        # midnight of UTC may come twice.
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.execution.arrow.pyspark.fallback.enabled": "false",
         "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
         "spark.sql.caseSensitive": "true",
     }
@@ -89,7 +79,7 @@ def open_spark(
         with _environment("SPARK_LOCAL_IP", _LOOPBACK if local else None):
             session = builder.getOrCreate()
         try:
-            yield cast(SparkBackend, SparkBackend().connect(session))
+            yield ibis.pyspark.connect(session)
         finally:
             session.stop()
     except PySparkException as error:

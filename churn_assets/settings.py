@@ -30,6 +30,7 @@ from churn_assets.data.sources import (
     source_tables,
     without_passwords,
 )
+from churn_assets.data.validation import ValidationPolicy
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.modeling.gates import QualityPolicy
@@ -125,6 +126,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 42
     windows: Windows = Windows()
     late_events: LatePolicy = LatePolicy()
+    validation: ValidationPolicy = ValidationPolicy()
     data_gate: GatePolicy = GatePolicy()
     online_store: OnlineStoreSettings = OnlineStoreSettings()
     serving: ServingSettings = ServingSettings()

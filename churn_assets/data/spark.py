@@ -99,14 +99,20 @@ def scan(con: Backend, folder: str, paths: Sequence[str], schema: pa.Schema) -> 
     `schema` is that of the rows, with the partition's column. Every process of Spark opens the
     files at the same paths.
     """
-    # A null where the files declare none is for validation to find, not to be optimised away.
-    schema = pa.schema([field.with_nullable(True) for field in schema])
-    if paths:
-        reader = con._session.read.schema(_spark_schema(schema))
-        reader = reader.option("basePath", _uri(folder))
-        frame = reader.parquet(*(_literally(_uri(path)) for path in paths))
-    else:
-        frame = _frame(con, schema.empty_table())
+    if not paths:
+        return from_arrow(con, schema.empty_table())
+    schema = _nullable(schema)
+    reader = con._session.read.schema(_spark_schema(schema)).option("basePath", _uri(folder))
+    return _table(con, reader.parquet(*(_literally(_uri(path)) for path in paths)), schema)
+
+
+def from_arrow(con: Backend, rows: pa.Table) -> ir.Table:
+    """Rows in memory as a table of Spark; for small ones."""
+    schema = _nullable(rows.schema)
+    return _table(con, con._session.createDataFrame(rows, schema=_spark_schema(schema)), schema)
+
+
+def _table(con: Backend, frame: DataFrame, schema: pa.Schema) -> ir.Table:
     name = gen_name("lake_scan")
     frame.createOrReplaceTempView(name)
     # Spark would describe an instant as a time without a zone.
@@ -119,16 +125,17 @@ def scan(con: Backend, folder: str, paths: Sequence[str], schema: pa.Schema) -> 
     return table.to_expr()
 
 
+def _nullable(schema: pa.Schema) -> pa.Schema:
+    # A null where the files declare none is for validation to find, not to be optimised away.
+    return pa.schema([field.with_nullable(True) for field in schema])
+
+
 def collect(rows: ir.Table) -> pa.Table:
     """All the rows, in their order."""
     con = cast(Backend, rows.get_backend())
     con._run_pre_execute_hooks(rows)
     frame: DataFrame = con.raw_sql(con.compile(rows))
     return frame.toArrow().cast(rows.schema().to_pyarrow())
-
-
-def _frame(con: Backend, table: pa.Table) -> DataFrame:
-    return con._session.createDataFrame(table, schema=_spark_schema(table.schema))
 
 
 def _spark_schema(schema: pa.Schema) -> Any:

@@ -90,6 +90,9 @@ def customer_features(
             SETTINGS.windows,
             data_start=SETTINGS.calendar.start,
         )
+        schema = check_feature_schema(
+            project.lake, con, FEATURES, first, last, project.settings.validation
+        )
     add_rows_per_day(context, done.rows)
     names = [feature.name for feature in FEATURES]
     newest = project.lake.read("customer_features", last, last)
@@ -105,7 +108,7 @@ def customer_features(
     return dg.MaterializeResult(
         metadata={"rows": sum(done.rows.values())} | quarantine_counts(done.quarantined),
         check_results=[
-            check_outcome(check_feature_schema(project.lake, FEATURES, last), name="schema"),
+            check_outcome(schema, name="schema"),
             check_outcome(judge_null_ratios(done.null_ratios, SETTINGS.data_gate), name="nulls"),
             check_outcome(_leakage(project, first, last), name="no_event_after_cutoff"),
         ],

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from datetime import date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import dagster as dg
 import ibis
@@ -19,16 +20,33 @@ import pyarrow.compute as pc
 import pytest
 from brute_force import Event, raw_table
 from cluster import QUICK_JAVA, standalone
+from dirt import (
+    FEATURE_VALUES,
+    ORDER_VALUES,
+    drawn,
+    features,
+    features_in_engine,
+    features_in_memory,
+    orders,
+    orders_in_engine,
+    orders_in_memory,
+    same_verdicts,
+)
 from ibis.backends import BaseBackend
+from ibis.backends.pyspark import Backend
 
 from churn_assets.contract.features import FEATURES
-from churn_assets.data import ranges
+from churn_assets.data import ranges, refresh
 from churn_assets.data.engines import DuckDBSettings, SparkSettings, open_engine
 from churn_assets.data.features import customer_features, scan_look_back
+from churn_assets.data.gate import judge_schema, judge_schema_in_engine
 from churn_assets.data.lake import Lake
 from churn_assets.data.ranges import CustomerRange
 from churn_assets.data.refresh import refresh_features, refresh_labels
 from churn_assets.data.results import to_arrow
+from churn_assets.data.schema import features_schema
+from churn_assets.data.spark import from_arrow
+from churn_assets.data.validation import ValidationPolicy
 from churn_assets.data.versions import SUPERSEDED_AT, superseded_table
 from churn_assets.data.windows import Windows, days_between, midnight
 from churn_assets.defs.features import customer_features as customer_features_asset
@@ -104,12 +122,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
 
 
 @pytest.fixture(scope="module")
-def spark(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[BaseBackend]:
+def spark(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[Backend]:
     settings = SparkSettings(cluster, "512m", dict(SESSION))
     with open_engine(
         "spark", DuckDBSettings(), settings, tmp_path_factory.mktemp("spill")
     ) as session:
-        yield session
+        yield cast(Backend, session)
 
 
 @pytest.fixture
@@ -154,7 +172,13 @@ def test_an_asset_is_materialized_on_the_cluster(cluster: str, lake: Lake, tmp_p
     written = {}
     for engine in ("spark", "duckdb"):
         place = a_copy(lake, tmp_path / engine)
-        mine = msgspec.structs.replace(SETTINGS, lake=place.root, engine=engine, spark=settings)
+        mine = msgspec.structs.replace(
+            SETTINGS,
+            lake=place.root,
+            engine=engine,
+            spark=settings,
+            validation=ValidationPolicy(rows_in_memory=0),
+        )
         before = javas()
         result = materialize(Project(Home(tmp_path / f"home-{engine}"), mine), FIRST_FEATURES)
         assert result.success
@@ -184,6 +208,7 @@ def test_labels_and_files_agree_to_the_last_bit(
     lakes = []
     for con in (spark, duckdb):
         place = a_copy(lake, tmp_path / con.name)
+        monkeypatch.setattr(refresh, "SPARK_LABEL_DAYS", 3)
         # Small enough for several ranges of customers, whose bounds are among the identifiers.
         monkeypatch.setattr(ranges.customer_ranges, "__kwdefaults__", RANGES)
         refresh_features(
@@ -198,6 +223,19 @@ def test_labels_and_files_agree_to_the_last_bit(
 
 
 RANGES = {"step_days": 1, "rows_at_once": 3000}
+
+
+def test_validation_gives_the_verdicts_of_pandera(spark: Backend) -> None:
+    dirty = orders(drawn(ORDER_VALUES, 400, seed=1))
+    same_verdicts(orders_in_memory(dirty), orders_in_engine(from_arrow(spark, dirty)), 400)
+    dirty = features(drawn(FEATURE_VALUES, 400, seed=2))
+    same_verdicts(features_in_memory(dirty), features_in_engine(from_arrow(spark, dirty)), 400)
+    schema = features_schema(FEATURES)
+    for rows in (dirty, dirty.slice(0, 0)):
+        mine = judge_schema(rows, schema)
+        pushed = judge_schema_in_engine(from_arrow(spark, rows), schema)
+        assert (pushed.passed, pushed.reason) == (mine.passed, mine.reason)
+        assert pushed.figures == {"rows": rows.num_rows} | mine.figures
 
 
 def test_every_identifier_bounds_a_range_alike(

@@ -399,7 +399,7 @@ def test_any_walk_keeps_the_rules(client: MlflowClient) -> None:
     run_state_machine_as_test(
         RegistryMachine,
         settings=settings(
-            max_examples=int(os.environ.get("CHURN_TEST_WALKS", "12")),
+            max_examples=int(os.environ.get("CHURN_TEST_WALKS", "8")),
             stateful_step_count=14,
             deadline=None,
             database=None,

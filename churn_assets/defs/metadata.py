@@ -161,18 +161,38 @@ def _shown(value: Any) -> str:
 
 
 def candidates_table(trained: TrainedModel) -> dg.TableMetadataValue:
-    """Every family on the validation cutoff, best first."""
+    """Every candidate over the folds of the backtest, best first."""
     return figures_table(
         [
             {
                 "family": candidate.family,
-                "log_loss": candidate.scores.log_loss,
-                "auc": candidate.scores.auc,
-                "accuracy": candidate.scores.accuracy,
-                "brier": candidate.scores.brier,
-                "fit_seconds": candidate.seconds,
+                **{
+                    name: candidate.figure(name)
+                    for name in ("log_loss", "auc", "accuracy", "brier")
+                },
+                "folds": f"{len(candidate.folds)}{', given up' if candidate.pruned else ''}",
+                "seconds": candidate.seconds,
+                "parameters": ", ".join(f"{k} {_shown(v)}" for k, v in candidate.params.items()),
             }
             for candidate in trained.candidates
+        ]
+    )
+
+
+def backtest_table(trained: TrainedModel) -> dg.TableMetadataValue:
+    """The chosen candidate at every origin, beside recency alone."""
+    return figures_table(
+        [
+            {
+                "judged": str(result.fold.judged),
+                "calibrated": str(result.fold.calibration or "-"),
+                "trained": f"{result.fold.train[0]} to {result.fold.train[-1]}",
+                "rows": result.scores.rows,
+                "log_loss": result.scores.log_loss,
+                "auc": result.scores.auc,
+                "recency_auc": result.recency_auc,
+            }
+            for result in trained.chosen.folds
         ]
     )
 

@@ -9,7 +9,7 @@ from churn_assets.defs.metadata import drift_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.lifecycle.records import DriftRecord, TrainingSetRecord
-from churn_assets.modeling.training import rows_of
+from churn_assets.modeling.rows import rows_of
 from churn_assets.monitoring.drift import drift_report as judge_drift
 from churn_assets.monitoring.evidently_report import evidently_report
 

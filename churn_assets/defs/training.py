@@ -1,4 +1,4 @@
-"""Training: an exact training set, then the model that does best on the validation cutoff."""
+"""Training: an exact training set, then the model that did best in a backtest, calibrated."""
 
 from typing import Any
 
@@ -15,21 +15,25 @@ from churn_assets.data.training_set import (
 )
 from churn_assets.defs.features import FEATURES
 from churn_assets.defs.metadata import (
+    backtest_table,
     candidates_table,
     check_outcome,
     day_list,
+    figures_table,
     sample,
     training_schema,
 )
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
+from churn_assets.defs.weekly import REASON, stop_unless_first
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
 from churn_assets.modeling.onnx_export import check_parity, export_onnx
 from churn_assets.modeling.plausibility import judge_single_features
+from churn_assets.modeling.rows import rows_of
 from churn_assets.modeling.split import Split, temporal_split
-from churn_assets.modeling.training import fit, rows_of
+from churn_assets.modeling.training import fit
 
 GROUP = "training"
 OWNERS = [f"team:{SETTINGS.team}"]
@@ -37,7 +41,7 @@ OWNERS = [f"team:{SETTINGS.team}"]
 
 def split_of(record: TrainingSetRecord) -> Split:
     """The split a training set was assembled for."""
-    return Split(record.train, record.validation, record.test, SETTINGS.windows.horizon_days)
+    return Split(record.train, record.calibration, record.test, SETTINGS.windows.horizon_days)
 
 
 @dg.asset(
@@ -82,12 +86,17 @@ def split_of(record: TrainingSetRecord) -> Split:
         ),
     ],
 )
-def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]):
-    """The rows a model is trained, chosen and judged on: labels, and Feast's features as of then.
+def training_set(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    mlflow: dg.ResourceParam[Any],
+):
+    """The rows a model is trained and judged on: labels, and Feast's features as of then.
 
-    The newest labelled cutoff judges, the one a horizon before it chooses, those before train. The
-    set is kept under its content hash, so that `churn training-set` can bring it back.
+    The newest labelled cutoff judges, the one a horizon before it calibrates, those before train.
+    The set is kept under its content hash, so that `churn training-set` can bring it back.
     """
+    stop_unless_first(context.instance, context.run)
     split = temporal_split(
         project.labelled_days(),
         SETTINGS.windows.horizon_days,
@@ -110,7 +119,7 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
         churn_rate=pc.mean(assembled.table["churned"]).as_py(),
         features=tuple(names),
         train=split.train,
-        validation=split.validation,
+        calibration=split.calibration,
         test=split.test,
     )
     store_training_set(project.lake, assembled)
@@ -136,7 +145,7 @@ def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[An
             "data_hash": record.data_hash,
             "feature_service": project.feature_repo.service,
             "train_cutoffs": day_list(record.train),
-            "validation_cutoff": record.validation.isoformat(),
+            "calibration_cutoff": record.calibration.isoformat(),
             "test_cutoff": record.test.isoformat(),
             "sample": sample(assembled.table),
         },
@@ -168,7 +177,7 @@ def trained_model(
     mlflow: dg.ResourceParam[Any],
     training_set: TrainingSetRecord,
 ):
-    """The best of three families on the validation cutoff, in scikit-learn and in ONNX.
+    """The best of three families in a rolling-origin backtest, calibrated, as ONNX too.
 
     It enters the registry in stage None. Only the ONNX form is ever served, and only when it
     answers as scikit-learn does.
@@ -195,7 +204,11 @@ def trained_model(
         name=SETTINGS.model_name,
         training_set=training_set,
         dagster_run=context.run_id,
-        tags={"team": SETTINGS.team, "use_case": SETTINGS.use_case},
+        tags={
+            "team": SETTINGS.team,
+            "use_case": SETTINGS.use_case,
+            "retrain_reason": context.run.tags.get(REASON, "by hand in Dagster"),
+        },
         project_root=PROJECT_ROOT,
     )
     return dg.MaterializeResult(
@@ -205,6 +218,8 @@ def trained_model(
             "family": record.family,
             "why": trained.reason,
             "candidates": candidates_table(trained),
+            "backtest": backtest_table(trained),
+            "calibration": figures_table([trained.calibration.to_dict()]),
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(record.mlflow_run)),
         },
         check_results=[

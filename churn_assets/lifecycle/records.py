@@ -15,7 +15,7 @@ class TrainingSetRecord(msgspec.Struct, frozen=True):
     churn_rate: float
     features: tuple[str, ...]
     train: tuple[date, ...]
-    validation: date
+    calibration: date
     test: date
 
 

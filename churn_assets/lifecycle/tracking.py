@@ -14,6 +14,7 @@ import msgspec
 from churn_assets.lifecycle.experiments import environment_tags, installed_packages
 from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
 from churn_assets.lifecycle.registry import register_version
+from churn_assets.modeling.training import best_of_families
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 # skops refuses these unless they are named: their files hold node indices that scikit-learn
 # follows without a bounds check. They are trusted because this run has just trained them.
+CALIBRATED = "churn_assets.modeling.calibrated_classifier.CalibratedClassifier"
 TRUSTED_TYPES: Mapping[str, list[str]] = {
-    "logistic_regression": [],
-    "random_forest": ["sklearn.tree._tree.Tree"],
+    "logistic_regression": [CALIBRATED],
+    "random_forest": [CALIBRATED, "sklearn.tree._tree.Tree"],
     "hist_gradient_boosting": [
+        CALIBRATED,
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     ],
 }
@@ -41,7 +44,7 @@ def log_training_set(mlflow: Any, record: TrainingSetRecord, manifest: bytes) ->
         {
             "data_rows": record.rows,
             "data_train_cutoffs": ",".join(day.isoformat() for day in record.train),
-            "data_validation_cutoff": record.validation.isoformat(),
+            "data_calibration_cutoff": record.calibration.isoformat(),
             "data_test_cutoff": record.test.isoformat(),
         }
     )
@@ -86,12 +89,15 @@ def log_trained_model(
     if parity.max_difference is not None:
         mlflow.log_metric("onnx_parity_max_difference", parity.max_difference)
     mlflow.set_tag("onnx_parity", parity.reason)
-    for candidate in trained.candidates:
-        scores = msgspec.to_builtins(candidate.scores)
-        for metric in ("accuracy", "f1", "auc", "log_loss", "brier"):
-            if scores[metric] is not None:
-                mlflow.log_metric(f"validation_{candidate.family}_{metric}", scores[metric])
-        mlflow.log_metric(f"fit_seconds_{candidate.family}", candidate.seconds)
+    line = trained.calibration
+    mlflow.log_metrics(
+        {"calibration_slope": line.slope, "calibration_intercept": line.intercept}
+        | {
+            f"backtest_{candidate.family}_{name}": candidate.figure(name)
+            for candidate in best_of_families(trained.candidates)
+            for name in ("accuracy", "auc", "log_loss", "brier")
+        }
+    )
     mlflow.log_text(installed_packages(), "environment/packages.txt")
     mlflow.log_dict(trained.to_dict(), "training/candidates.json")
     pins = [f"{package}=={installed_version(package)}" for package in ("numpy", "scikit-learn")]

@@ -32,6 +32,26 @@ DEFAULT_PARAMS: Mapping[Family, Mapping[str, Any]] = {
     },
 }
 
+# Where the search begins. The defaults' forest, which is the one teams begin with, takes ten times
+# as long as this one and is the worse for growing each tree to the end.
+STARTS: Mapping[Family, Mapping[str, Any]] = {
+    "logistic_regression": {"C": 1.0},
+    "random_forest": {
+        "n_estimators": 60,
+        "max_depth": 9,
+        "min_samples_leaf": 10,
+        "max_samples": 0.5,
+        "class_weight": None,
+    },
+    "hist_gradient_boosting": {
+        "learning_rate": 0.08,
+        "max_iter": 100,
+        "max_leaf_nodes": 10,
+        "min_samples_leaf": 40,
+        "l2_regularization": 1.0,
+    },
+}
+
 # The threads inside BLAS and boosting spin while they wait for each other: below this many rows
 # they save less than a second, and on a busy machine they cost ten. The forest's threads do not.
 ROWS_WORTH_THREADS = 200_000

@@ -14,13 +14,12 @@ from churn_assets.data.windows import cutoff_of
 from churn_assets.modeling import plots
 from churn_assets.modeling.metrics import Evaluation, evaluate, permutation_importance
 from churn_assets.modeling.onnx_export import predict_onnx
+from churn_assets.modeling.rows import RECENCY, feature_matrix, outcomes, rows_of
 from churn_assets.modeling.split import Split
-from churn_assets.modeling.training import feature_matrix, outcomes, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RECENCY = "days_since_last_order"
 GOLDEN_ROWS = 20
 REQUEST_ROWS = 200
 

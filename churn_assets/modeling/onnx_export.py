@@ -42,7 +42,7 @@ class Parity:
 
 
 def export_onnx(estimator: Any, n_features: int) -> bytes:
-    """Convert a fitted scikit-learn classifier to ONNX.
+    """Convert a fitted scikit-learn classifier, calibrated or not, to ONNX.
 
     Input `features`, float32 [rows, n_features], in the order of training. Outputs `label`,
     int64 [rows], and `probabilities`, float32 [rows, 2]: retained, churned. The same estimator
@@ -51,6 +51,11 @@ def export_onnx(estimator: Any, n_features: int) -> bytes:
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType
 
+    from churn_assets.modeling.calibrated_classifier import CalibratedClassifier
+
+    if isinstance(estimator, CalibratedClassifier):
+        plain = export_onnx(estimator.estimator, n_features)
+        return _with_calibration(plain, estimator.slope, estimator.intercept)
     if hasattr(type(estimator), "estimators_samples_"):
         # The converter reads every property, and this one draws each tree's bootstrap again:
         # half of the time a forest takes. Without `bootstrap` it has nothing to draw.
@@ -66,6 +71,49 @@ def export_onnx(estimator: Any, n_features: int) -> bytes:
             options={"zipmap": False},
             target_opset=OPSET,
         )
+    return model.SerializeToString()
+
+
+def _with_calibration(onnx: bytes, slope: float, intercept: float) -> bytes:
+    """The graph with `calibration.calibrated` behind its probabilities.
+
+    The converter's own calibrators are wrong for some families without an error, so these nodes are
+    ours. The log-odds z of the two classes are -z/2 and z/2 but for a constant, and softmax of
+    these is what the sigmoid of z is.
+    """
+    from onnx import helper, load_model_from_string, numpy_helper
+
+    from churn_assets.modeling.calibration import MARGIN
+
+    model = load_model_from_string(onnx)
+    graph = model.graph
+    plain = {"label": "plain_label", OUTPUT_NAME: "plain_probabilities"}
+    for node in graph.node:
+        for place, name in enumerate(node.output):
+            node.output[place] = plain.get(name, name)
+        for place, name in enumerate(node.input):
+            node.input[place] = plain.get(name, name)
+    constants = {
+        "margin": MARGIN,
+        "one_less_margin": 1.0 - MARGIN,
+        "slope": [[slope / 2, -slope / 2], [-slope / 2, slope / 2]],
+        "intercept": [-intercept / 2, intercept / 2],
+    }
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value, dtype=np.float32), name)
+        for name, value in constants.items()
+    )
+    graph.node.extend(
+        [
+            helper.make_node(
+                "Clip", ["plain_probabilities", "margin", "one_less_margin"], ["kept"]
+            ),
+            helper.make_node("Log", ["kept"], ["logs"]),
+            helper.make_node("Gemm", ["logs", "slope", "intercept"], ["halves"]),
+            helper.make_node("Softmax", ["halves"], [OUTPUT_NAME], axis=1),
+            helper.make_node("ArgMax", [OUTPUT_NAME], ["label"], axis=1, keepdims=0),
+        ]
+    )
     return model.SerializeToString()
 
 

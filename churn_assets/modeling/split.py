@@ -1,4 +1,4 @@
-"""Which cutoffs train, which choose, and which judge: a split in time, with an embargo."""
+"""Which cutoffs train, which calibrate, which judge: a split in time, with an embargo."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from churn_assets.errors import UserError
 class Split:
     """Feature days by their part in training, all of them in order of time.
 
-    train: the cutoffs the candidates learn from, oldest first, at least one.
-    validation: the cutoff that chooses between candidates.
+    train: the cutoffs the model learns from, oldest first, at least one. Candidates are compared by
+    a backtest among them.
+    calibration: the cutoff the probabilities of the chosen model are calibrated on.
     test: the newest labelled cutoff; it judges the chosen model, once.
     The labels of each part have matured by the first cutoff of the next one.
     """
 
     train: tuple[date, ...]
-    validation: date
+    calibration: date
     test: date
     horizon_days: int
 
     @property
     def days(self) -> tuple[date, ...]:
         """Every feature day of the split, oldest first."""
-        return (*self.train, self.validation, self.test)
+        return (*self.train, self.calibration, self.test)
 
     def to_dict(self) -> dict[str, Any]:
         """The split in JSON's types."""
         return {
             "train": [day.isoformat() for day in self.train],
-            "validation": self.validation.isoformat(),
+            "calibration": self.calibration.isoformat(),
             "test": self.test.isoformat(),
             "horizon_days": self.horizon_days,
         }
@@ -70,9 +71,9 @@ def temporal_split(
 
     days = sorted(set(feature_days))
     test = days[-1] if days else None
-    validation = _matured_by(days, test, horizon_days)
-    latest = _matured_by(days, validation, horizon_days)
-    if test is None or validation is None or latest is None:
+    calibration = _matured_by(days, test, horizon_days)
+    latest = _matured_by(days, calibration, horizon_days)
+    if test is None or calibration is None or latest is None:
         raise UserError(_too_short(days, horizon_days))
 
     train = [latest]
@@ -82,7 +83,55 @@ def temporal_split(
         if not earlier:
             break
         train.append(earlier[-1])
-    return Split(tuple(reversed(train)), validation, test, horizon_days)
+    return Split(tuple(reversed(train)), calibration, test, horizon_days)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One origin of a backtest: what is learned before it, and the cutoff it is judged on.
+
+    calibration: the cutoff between, whose rows calibrate; None when the history has none to spare.
+    """
+
+    train: tuple[date, ...]
+    calibration: date | None
+    judged: date
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fold in JSON's types."""
+        return {
+            "train": [day.isoformat() for day in self.train],
+            "calibration": self.calibration.isoformat() if self.calibration else None,
+            "judged": self.judged.isoformat(),
+        }
+
+
+def rolling_origins(split: Split, most: int) -> tuple[Fold, ...]:
+    """The newest `most` origins to compare candidates on, newest first; a short history has fewer.
+
+    Method: Tashman, Out-of-sample tests of forecasting accuracy (2000), with an expanding window.
+    Every fold repeats the whole procedure on an earlier day: train, then calibrate, then judge, an
+    embargo apart, all of it among the training cutoffs, so that the calibration and the test cutoff
+    choose nothing. With two training cutoffs, no fold is calibrated; with a single one, the
+    calibration cutoff has to judge.
+    """
+    train, horizon = list(split.train), split.horizon_days
+    folds: list[Fold] = []
+    for judged in reversed(train):
+        calibration = _matured_by(train, judged, horizon)
+        learned = _until(train, _matured_by(train, calibration, horizon))
+        if calibration is not None and learned:
+            folds.append(Fold(learned, calibration, judged))
+    if not folds:
+        for judged in (train[-1], split.calibration):
+            learned = _until(train, _matured_by(train, judged, horizon))
+            if learned:
+                return (Fold(learned, None, judged),)
+    return tuple(folds[:most])
+
+
+def _until(days: list[date], last: date | None) -> tuple[date, ...]:
+    return tuple(day for day in days if last is not None and day <= last)
 
 
 def _matured_by(days: Sequence[date], day: date | None, horizon_days: int) -> date | None:
@@ -103,6 +152,6 @@ def _too_short(days: Sequence[date], horizon_days: int) -> str:
     more = f"load at least {needed - span} more days" if span < needed else "fill the missing days"
     return (
         f"the history is too short to train: {have}, and with a horizon of {horizon_days} days "
-        f"it takes {needed} (training, validation and test cutoffs {horizon_days} days apart); "
+        f"it takes {needed} (training, calibration and test cutoffs {horizon_days} days apart); "
         f"{more} or shorten windows.horizon_days"
     )

@@ -18,8 +18,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from command import RAW, ROOT, assert_readable, churn, days_of, mlflow_of
-from conftest import Run
+from command import RAW, ROOT, Run, assert_readable, churn, days_of, mlflow_of
 
 from churn_assets.cli import cli
 from churn_assets.contract.features import FEATURE_NAMES
@@ -280,6 +279,15 @@ def asked(home: Path, *arguments: str) -> str:
         done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     return done.output
+
+
+def test_the_week_of_a_run_is_done_and_nothing_trains_for_it_again(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "train")
+    assert done.code == 0
+    assert re.search(r"run \S+ is the training of \d{4}-W\d\d; to train again", done.out)
+    (run,) = first_run.seen.mlflow
+    assert run.data.tags["retrain_reason"].startswith("weekly training of ")
 
 
 def test_versions_are_listed(first_run: Run):

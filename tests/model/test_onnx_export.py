@@ -10,10 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.modeling.backtest import predict_churn
+from churn_assets.modeling.calibrated_classifier import CalibratedClassifier
 from churn_assets.modeling.candidates import FAMILIES, Family, build_estimator
 from churn_assets.modeling.onnx_export import check_parity, export_onnx, predict_onnx
+from churn_assets.modeling.rows import feature_matrix, outcomes, rows_of
 from churn_assets.modeling.split import Split
-from churn_assets.modeling.training import feature_matrix, outcomes, predict_churn, rows_of
 
 Fitted = dict[str, tuple[Any, bytes]]
 
@@ -53,6 +55,41 @@ def test_every_family_survives_the_conversion(
     np.testing.assert_allclose(
         predict_onnx(content, held_out), predict_churn(estimator, held_out), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("line", [(1.2, 0.3), (0.6, -0.8), (2.5, 1.0)])
+def test_every_family_survives_the_conversion_calibrated(
+    family: Family,
+    line: tuple[float, float],
+    fitted: Callable[[Family], tuple[Any, bytes]],
+    held_out: NDArray[np.float64],
+) -> None:
+    estimator, plain = fitted(family)
+    model = CalibratedClassifier(estimator, *line)
+    content = export_onnx(model, len(FEATURE_NAMES))
+    onnx.checker.check_model(onnx.load_model_from_string(content), full_check=True)
+    parity = check_parity(model, content, held_out)
+    assert parity.passed, parity.reason
+    assert content == export_onnx(model, len(FEATURE_NAMES))
+    assert not check_parity(model, plain, held_out).passed
+    graph = onnx.load_model_from_string(content).graph
+    assert [o.name for o in graph.output] == ["label", "probabilities"]
+
+
+def test_a_calibrated_graph_labels_by_its_calibrated_probability(
+    fitted: Callable[[Family], tuple[Any, bytes]], held_out: NDArray[np.float64]
+) -> None:
+    import onnxruntime
+
+    model = CalibratedClassifier(fitted("hist_gradient_boosting")[0], 1.0, -2.0)
+    session = onnxruntime.InferenceSession(export_onnx(model, len(FEATURE_NAMES)))
+    label, p = session.run(None, {"features": held_out.astype(np.float32)})
+    assert isinstance(label, np.ndarray)
+    assert isinstance(p, np.ndarray)
+    np.testing.assert_array_equal(label, model.predict(held_out.astype(np.float32)))
+    np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-6)
+    assert 0 < label.sum() < fitted("hist_gradient_boosting")[0].predict(held_out).sum()
 
 
 def test_the_served_graph_has_one_input_and_ends_in_probabilities(

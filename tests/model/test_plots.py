@@ -11,8 +11,8 @@ from PIL import Image
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.modeling import plots
 from churn_assets.modeling.metrics import Importance
+from churn_assets.modeling.rows import rows_of
 from churn_assets.modeling.split import Split
-from churn_assets.modeling.training import rows_of
 
 RNG = np.random.default_rng(1)
 Y = RNG.random(400) < 0.4

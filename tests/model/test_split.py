@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from churn_assets.data.windows import cutoff_of, label_window, partition_of_cutoff
 from churn_assets.errors import UserError
-from churn_assets.modeling.split import Split, temporal_split
+from churn_assets.modeling.split import Split, rolling_origins, temporal_split
 
 FIRST = date(2024, 1, 1)
 
@@ -23,7 +23,7 @@ def test_a_long_history_gives_six_training_cutoffs_a_horizon_apart() -> None:
     split = temporal_split(days, 30)
     test = days[-1]
     assert split.test == test
-    assert split.validation == test - timedelta(days=30)
+    assert split.calibration == test - timedelta(days=30)
     assert split.train == tuple(test - timedelta(days=30 * k) for k in (7, 6, 5, 4, 3, 2))
 
 
@@ -55,13 +55,13 @@ def test_a_missing_day_is_replaced_by_an_earlier_one() -> None:
     days = consecutive(100)
     days.remove(FIRST + timedelta(days=69))
     split = temporal_split(days, 30)
-    assert split.validation == FIRST + timedelta(days=68)
+    assert split.calibration == FIRST + timedelta(days=68)
     assert split.train[-1] == FIRST + timedelta(days=38)
 
 
 def test_training_cutoffs_can_lie_closer_than_a_horizon() -> None:
     split = temporal_split(consecutive(100), 30, spacing_days=10, max_train_cutoffs=3)
-    last = split.validation - timedelta(days=30)
+    last = split.calibration - timedelta(days=30)
     assert split.train == tuple(last - timedelta(days=d) for d in (20, 10, 0))
 
 
@@ -102,8 +102,51 @@ def test_the_record_names_every_day() -> None:
     split = Split((FIRST,), FIRST + timedelta(days=30), FIRST + timedelta(days=60), 30)
     assert split.to_dict() == {
         "train": ["2024-01-01"],
-        "validation": "2024-01-31",
+        "calibration": "2024-01-31",
         "test": "2024-03-01",
         "horizon_days": 30,
     }
     assert partition_of_cutoff(cutoff_of(split.test)) == split.test
+
+
+def test_every_fold_repeats_the_whole_procedure_before_its_origin() -> None:
+    split = temporal_split(consecutive(400), 30)
+    folds = rolling_origins(split, 3)
+    assert [fold.judged for fold in folds] == list(reversed(split.train[-3:]))
+    for fold in folds:
+        place = split.train.index(fold.judged)
+        assert fold.calibration == split.train[place - 1]
+        assert fold.train == split.train[: place - 1]
+    assert len(rolling_origins(split, 10)) == 4
+
+
+def test_a_short_history_has_fewer_folds_and_says_what_they_lack() -> None:
+    two = temporal_split(consecutive(100), 30)
+    (fold,) = rolling_origins(two, 3)
+    assert (fold.train, fold.calibration, fold.judged) == (two.train[:1], None, two.train[1])
+    one = temporal_split(consecutive(61), 30)
+    (fold,) = rolling_origins(one, 3)
+    assert (fold.train, fold.calibration, fold.judged) == (one.train, None, one.calibration)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    offsets=st.lists(st.integers(0, 400), min_size=3, max_size=150),
+    horizon=st.integers(1, 40),
+    spacing=st.integers(1, 40),
+)
+def test_no_fold_looks_beyond_its_origin_or_at_the_test_cutoff(
+    offsets: list[int], horizon: int, spacing: int
+) -> None:
+    days = [FIRST + timedelta(days=offset) for offset in offsets]
+    try:
+        split = temporal_split(days, horizon, spacing_days=spacing)
+    except UserError:
+        return
+    folds = rolling_origins(split, 3)
+    assert folds
+    for fold in folds:
+        assert split.test not in (*fold.train, fold.calibration, fold.judged)
+        last = [fold.train[-1], *([fold.calibration] if fold.calibration else []), fold.judged]
+        for day, following in pairwise(last):
+            assert label_window(cutoff_of(day), horizon).end <= cutoff_of(following)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,36 +10,32 @@ from churn_assets.errors import UserError
 from churn_assets.modeling.candidates import FAMILIES, build_estimator
 from churn_assets.modeling.gates import QualityPolicy, all_passed, judge_gates
 from churn_assets.modeling.metrics import evaluate, permutation_importance, score
+from churn_assets.modeling.rows import feature_matrix, outcomes, rows_of
 from churn_assets.modeling.split import Split
-from churn_assets.modeling.training import (
-    TrainedModel,
-    TrainingPolicy,
-    feature_matrix,
-    fit,
-    outcomes,
-    rows_of,
-)
+from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
 
-ONE = TrainingPolicy(families=("hist_gradient_boosting",), refit=False)
+ONE = TrainingPolicy(families=("hist_gradient_boosting",))
 
 
-def test_every_family_competes_and_the_best_on_validation_wins(trained: TrainedModel) -> None:
+def test_every_family_competes_and_the_best_in_the_backtest_wins(trained: TrainedModel) -> None:
     assert {candidate.family for candidate in trained.candidates} == set(FAMILIES)
-    losses = [candidate.scores.log_loss for candidate in trained.candidates]
+    losses = [candidate.figure("log_loss") for candidate in trained.candidates]
     assert losses == sorted(losses)
     assert trained.family == trained.candidates[0].family
     assert trained.family in trained.reason
-    assert str(trained.split.validation) in trained.reason
+    for result in trained.chosen.folds:
+        assert str(result.fold.judged) in trained.reason
+        assert result.scores.auc is not None
+        assert result.recency_auc is not None
+        assert result.scores.auc > result.recency_auc
 
 
 def test_selection_follows_the_policy(frame: pd.DataFrame, split: Split) -> None:
     policy = TrainingPolicy(
-        families=("logistic_regression", "hist_gradient_boosting"), select_by="auc", refit=False
+        families=("logistic_regression", "hist_gradient_boosting"), select_by="auc"
     )
     best, other = fit(frame, split, FEATURE_NAMES, seed=1, policy=policy).candidates
-    assert best.scores.auc is not None
-    assert other.scores.auc is not None
-    assert best.scores.auc > other.scores.auc
+    assert best.figure("auc") > other.figure("auc")
 
 
 def test_a_trained_model_passes_on_the_test_cutoff_and_a_shuffled_one_is_refused(
@@ -73,20 +67,28 @@ def test_the_test_cutoff_is_never_looked_at(
     np.testing.assert_array_equal(again.predict(x), trained.predict(x))
 
 
-def test_refit_adds_the_validation_rows_only(frame: pd.DataFrame, split: Split) -> None:
-    without = fit(frame, split, FEATURE_NAMES, seed=1, policy=ONE)
-    refit = fit(frame, split, FEATURE_NAMES, seed=1, policy=replace(ONE, refit=True))
-    assert without.fitted_on == split.train
-    assert refit.fitted_on == (*split.train, split.validation)
-    assert without.fitted_rows == len(rows_of(frame, split.train))
-    assert refit.fitted_rows == len(rows_of(frame, refit.fitted_on))
+def test_the_calibration_cutoff_moves_the_calibration_and_nothing_else(
+    frame: pd.DataFrame, split: Split
+) -> None:
+    model = fit(frame, split, FEATURE_NAMES, seed=1, policy=ONE)
+    assert model.fitted_on == split.train
+    assert model.fitted_rows == len(rows_of(frame, split.train))
+    assert model.calibration.rows == len(rows_of(frame, [split.calibration]))
+    fewer = frame.copy()
+    there = fewer["cutoff"] == pd.Timestamp(cutoff_of(split.calibration))
+    lucky = np.random.default_rng(1).random(len(fewer)) < 0.7
+    fewer.loc[there & lucky, "churned"] = False
+    other = fit(fewer, split, FEATURE_NAMES, seed=1, policy=ONE)
     x = feature_matrix(rows_of(frame, [split.test]), FEATURE_NAMES)
-    assert not np.array_equal(without.predict(x), refit.predict(x))
+    plain, again = (m.estimator.estimator.predict_proba(x) for m in (model, other))
+    np.testing.assert_array_equal(plain, again)
+    assert other.predict(x).mean() < model.predict(x).mean() - 0.1
+    np.testing.assert_array_equal(np.argsort(other.predict(x)), np.argsort(model.predict(x)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_seed_gives_the_same_model(family: str, frame: pd.DataFrame, split: Split) -> None:
-    policy = TrainingPolicy(families=(family,), refit=False, n_jobs=2)  # ty: ignore
+    policy = TrainingPolicy(families=(family,), n_jobs=2)  # ty: ignore
     x = feature_matrix(rows_of(frame, [split.test]), FEATURE_NAMES)
     first, second = (
         fit(frame, split, FEATURE_NAMES, seed=5, policy=policy).predict(x) for _ in range(2)
@@ -121,7 +123,9 @@ def test_fewer_features_train_a_model_of_fewer_features(frame: pd.DataFrame, spl
 def test_progress_is_told_for_every_candidate(frame: pd.DataFrame, split: Split) -> None:
     lines: list[str] = []
     fit(frame, split, FEATURE_NAMES, seed=1, policy=ONE, progress=lines.append)
-    assert [line.split(":")[0] for line in lines] == ["hist_gradient_boosting"]
+    told = [line.split(":")[0] for line in lines]
+    assert told[0].startswith("the history has room for 1 of 3 folds")
+    assert told[1:] == ["hist_gradient_boosting"] * 2
 
 
 def test_a_cutoff_without_rows_is_named(frame: pd.DataFrame, split: Split) -> None:
@@ -156,8 +160,8 @@ def test_one_class_is_refused(frame: pd.DataFrame, split: Split) -> None:
     with pytest.raises(UserError, match="every customer of the training cutoffs is retained"):
         fit(kept, split, FEATURE_NAMES, seed=1, policy=ONE)
     gone = frame.copy()
-    gone.loc[gone["cutoff"] == pd.Timestamp(cutoff_of(split.validation)), "churned"] = True
-    with pytest.raises(UserError, match="every customer of the validation cutoffs is churned"):
+    gone.loc[gone["cutoff"] == pd.Timestamp(cutoff_of(split.calibration)), "churned"] = True
+    with pytest.raises(UserError, match="every customer of the calibration cutoffs is churned"):
         fit(gone, split, FEATURE_NAMES, seed=1, policy=ONE)
 
 
@@ -165,6 +169,7 @@ def test_one_class_is_refused(frame: pd.DataFrame, split: Split) -> None:
     ("change", "named"),
     [
         ({"max_train_cutoffs": 0}, "max_train_cutoffs"),
+        ({"folds": 0}, "folds"),
         ({"families": ()}, "families"),
         ({"families": ("random_forest", "random_forest")}, "families"),
         ({"decision_threshold": 1.5}, "decision_threshold"),

@@ -6,10 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import features, online
+from tests.bench import engines, features, online, validation
 from tests.bench.measuring import Figures, store
 
-BENCHES = {"features": features.run, "online": online.run}
+BENCHES = {
+    "features": features.run,
+    "online": online.run,
+    "engines": engines.run,
+    "validation": validation.run,
+}
 
 
 def main(names: list[str]) -> int:

@@ -64,6 +64,7 @@ def test_engines_are_measured_on_the_same_work(tmp_path: Path, monkeypatch) -> N
     lines = engines.run(tmp_path, ("XS",), "local[1]")
     assert [(line["case"], line["metric"], line["peer"]) for line in lines] == [
         ("engines/XS", "seconds", "spark"),
+        ("engines/XS", "cpu_seconds", "spark"),
         ("engines/XS", "peak_mb", "spark"),
         ("engines/XS", "start_seconds", "spark"),
     ]

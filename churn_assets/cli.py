@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,44 @@ def run() -> None:
         except KeyboardInterrupt:
             click.echo("stopped; `make run` goes on from here", err=True)
             sys.exit(130)
+
+
+@cli.command()
+@click.option("--reason", help="Why to train again, whatever was done this week.")
+@click.option(
+    "--url",
+    envvar="CHURN_DAGSTER_URL",
+    help="Ask the Dagster webserver at this address instead of training in this home.",
+)
+def train(reason: str | None, url: str | None) -> None:
+    """Train, judge and register: once a week, or again for a reason. Exits with 1 when refused."""
+    from churn_assets.settings import load_settings
+
+    if reason is not None and not reason.strip():
+        raise UserError("--reason is empty; say why to train again")
+    settings = load_settings()
+    if url:
+        from churn_assets.defs.remote import RemoteDagster
+        from churn_assets.defs.weekly import week_of
+
+        dagster = RemoteDagster(url, os.environ.get("CHURN_DAGSTER_TOKEN"))
+        week = week_of(datetime.now(UTC), settings.schedules.timezone)
+        sys.exit(0 if dagster.train_for(week, reason, click.echo) == "SUCCESS" else 1)
+    home = Home.from_environment()
+    if not home.has_data():
+        raise UserError(f"there is no data in {home.root} yet; `make run` brings it in")
+    home.prepare()
+    with home.exclusive():
+        home.claim(settings.identity())
+        from churn_assets.defs.launch import train as train_here
+
+        outcome = train_here(home, reason)
+    if outcome is None:
+        return
+    for name, why in outcome.refused_by.items():
+        click.echo(f"refused by {name}: {why}")
+    click.echo(f"Dagster run {outcome.run_id}, {outcome.seconds:.0f} s")
+    sys.exit(0 if outcome.success else 1)
 
 
 @cli.command()

@@ -69,13 +69,19 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OnlineStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the newest features are kept for serving.
 
-    url: the path of the SQLite file (default: in CHURN_HOME), or a redis:// URL.
+    url: the path of the SQLite file (default: in CHURN_HOME), or a redis:// URL. retention_days: of
+    data time; the rows of customers who have not been active for longer are removed.
     """
 
     kind: Literal["sqlite", "redis"] = "sqlite"
     url: str | None = None
+    retention_days: int = 30
 
     def __post_init__(self) -> None:
+        if not 1 <= self.retention_days <= 36_500:
+            raise ValueError(
+                f"online_store.retention_days is {self.retention_days}; give days from 1 on"
+            )
         if self.kind == "redis" and not self.url:
             raise ValueError("online_store.url is needed: redis://host:6379/0 or ${VARIABLE}")
 
@@ -229,6 +235,12 @@ def load_settings(path: str | Path | None = None) -> Settings:
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    if online.retention_days * 24 <= settings.serving.max_age_hours:
+        raise UserError(
+            f"{chosen}: online_store.retention_days ({online.retention_days}) must be longer than "
+            f"serving.max_age_hours ({settings.serving.max_age_hours:g}), or rows the service may "
+            "use are removed"
+        )
     return settings
 
 

@@ -104,10 +104,12 @@ def feast_objects(features: Sequence[Feature], lake: Lake) -> list[Any]:
 class OnlineLoad:
     """What a materialization left online.
 
-    rows: of the partition asked for. state: of the store. same: whether it says what the lake says.
+    rows: of the partition asked for. purged: rows removed for their age. state: of the store.
+    same: whether it says what the lake says.
     """
 
     rows: int
+    purged: int
     state: OnlineState
     location: str
     same: CheckResult
@@ -118,7 +120,8 @@ class FeatureRepo:
     """The feature store of one home.
 
     registry: a path, or an SQLAlchemy URL. online: the path of a SQLite file, or a redis:// URL.
-    live: the source's data time is the wall clock.
+    live: the source's data time is the wall clock. retention: rows of customers whose newest cutoff
+    lies further back than this from the store's newest are removed.
     """
 
     lake: Lake
@@ -127,6 +130,7 @@ class FeatureRepo:
     online: str = field(repr=False)
     live: bool = True
     spill: str | None = None
+    retention: timedelta = timedelta(days=30)
 
     @property
     def service(self) -> str:
@@ -221,7 +225,8 @@ class FeatureRepo:
 
         Incrementally, from the newest partition that is online; a store that holds none of this
         feature set starts with `day`, and a partition that is online is written again. `data_time`
-        is when the source is, where that is not the wall clock.
+        is when the source is, where that is not the wall clock. Rows beyond the retention are then
+        removed.
 
         Raises UserError when the partition is missing or the store cannot be written.
         """
@@ -241,9 +246,9 @@ class FeatureRepo:
             else:
                 # The registry or the store is not the one of the last time.
                 store.materialize(newest, end, [VIEW])
-        state = self._publish(end, data_time)
+        state, purged = self._publish(end, data_time)
         rows = self.lake.row_counts(VIEW, day, day)[day]
-        return OnlineLoad(rows, state, shown(self.online), self.compare(day))
+        return OnlineLoad(rows, purged, state, shown(self.online), self.compare(day))
 
     def newest_online(self) -> datetime | None:
         """The newest cutoff in the online store, if it holds this feature set.
@@ -261,7 +266,7 @@ class FeatureRepo:
     def compare(self, day: date, sample: int = _SAMPLE) -> CheckResult:
         """Whether a sample of the customers of `day` reads online as it is in the lake.
 
-        A customer with a newer row online is not compared.
+        A customer with a newer row online is not compared, nor is a `day` beyond the retention.
         """
         codec = RowCodec(self.features)
         rows = self.lake.read(VIEW, day, day)
@@ -272,12 +277,16 @@ class FeatureRepo:
         try:
             reader = open_reader(self.online)
             try:
+                oldest = reader.state().newest_cutoff - self.retention
                 found = reader.read(rows[ENTITY].to_pylist())
             finally:
                 reader.close()
         except OnlineStoreError as error:
             return CheckResult(False, f"the online store cannot be read ({error})", {})
         cutoff = cutoff_of(day)
+        if cutoff < oldest:
+            reason = f"{day} lies beyond the {self.retention.days} days that rows are kept online"
+            return CheckResult(True, reason, {"compared": 0, "differing": 0})
         differing = [
             row[ENTITY]
             for row, online in zip(rows.to_pylist(), found, strict=True)
@@ -311,17 +320,17 @@ class FeatureRepo:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _publish(self, newest: datetime, data_time: datetime | None) -> OnlineState:
+    def _publish(self, newest: datetime, data_time: datetime | None) -> tuple[OnlineState, int]:
         codec = RowCodec(self.features)
         now = None if self.live else max(newest, data_time or newest)
         writer = open_writer(self.online)
         try:
             writer.publish(OnlineState(codec.names, codec.fingerprint, newest, now))
             state = writer.state()
+            assert state is not None, "it was published"
+            return state, writer.purge(state.newest_cutoff - self.retention)
         finally:
             writer.close()
-        assert state is not None, "it was published"
-        return state
 
 
 def _import_feast() -> None:

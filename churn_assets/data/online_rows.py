@@ -30,12 +30,14 @@ from churn_assets.contract.online import (
     row_key,
     rows_table,
     state_key,
+    to_microseconds,
 )
 from churn_assets.data.sources import shown
 from churn_assets.errors import UserError
 
 _BUSY_SECONDS = 30.0
 _KEYS_A_CALL = 1_000
+_PURGED_A_STEP = 10_000
 
 # A header is the fingerprint, the same for both, and the cutoff, big-endian: bytes compare as time.
 _UPSERT = """
@@ -60,6 +62,18 @@ if #newer > 0 then
 end
 """
 
+_REMOVE_OLDER = """
+local held = redis.call('MGET', unpack(KEYS))
+local removed = 0
+for i, key in ipairs(KEYS) do
+  local row = held[i]
+  if row and #row >= 16 and struct.unpack('>i8', row, 9) < tonumber(ARGV[1]) then
+    removed = removed + redis.call('UNLINK', key)
+  end
+end
+return removed
+"""
+
 
 class OnlineWriter(Protocol):
     """Writes one namespace of a store. Every method raises UserError when the store fails."""
@@ -82,6 +96,13 @@ class OnlineWriter(Protocol):
         """Turn the readers to the feature set of `state`; the rows of any other are removed.
 
         The cutoffs of a state do not go back while the feature set stays.
+        """
+        ...
+
+    def purge(self, before: datetime) -> int:
+        """Remove the rows whose cutoff is earlier than `before`, in batches; returns how many.
+
+        Rows of the feature set the readers are turned to; the others go when it is published.
         """
         ...
 
@@ -150,6 +171,27 @@ class SqliteOnlineWriter:
             for table in self._tables():
                 if table != mine:
                     connection.execute(f"DROP TABLE {table}")
+
+    def purge(self, before: datetime) -> int:
+        """Remove the rows whose cutoff is earlier than `before`, and return how many there were."""
+        state = self.state()
+        if state is None:
+            return 0
+        table = rows_table(self._namespace, state.fingerprint)
+        # The cutoff again, because a customer may have come back since they were looked at.
+        delete = f"DELETE FROM {table} WHERE customer_id = ? AND substr(row, 9, 8) < ?"
+        oldest = max(to_microseconds(before), 0).to_bytes(8, "big")
+        removed = 0
+        with self._reaching():
+            self._create(table)
+            old = self._connection.execute(
+                f"SELECT customer_id FROM {table} WHERE substr(row, 9, 8) < ?", (oldest,)
+            ).fetchall()
+        for start in range(0, len(old), _PURGED_A_STEP):
+            with self._transaction() as connection:
+                batch = ((each, oldest) for (each,) in old[start : start + _PURGED_A_STEP])
+                removed += connection.executemany(delete, batch).rowcount
+        return removed
 
     def remove(self) -> None:
         """Remove the namespace: its rows and its state."""
@@ -228,6 +270,7 @@ class RedisOnlineWriter:
                 "redis://host:6379/0"
             ) from None
         self._set_newer = self._client.register_script(_SET_NEWER)
+        self._remove_older = self._client.register_script(_REMOVE_OLDER)
 
     def state(self) -> OnlineState | None:
         """What the store says of itself; None when nothing was published."""
@@ -256,6 +299,18 @@ class RedisOnlineWriter:
         with self._reaching():
             self._change_state(lambda old: _merged(old, state))
             self._unlink(keep=row_key(self._namespace, state.fingerprint, ""))
+
+    def purge(self, before: datetime) -> int:
+        """Remove the rows whose cutoff is earlier than `before`, and return how many there were."""
+        removed = 0
+        with self._reaching():
+            state = self.state()
+            if state is None:
+                return 0
+            head = _literal(row_key(self._namespace, state.fingerprint, ""))
+            for keys in _batches(self._client.scan_iter(f"{head}*", 10_000), _KEYS_A_CALL):
+                removed += self._remove_older(keys=keys, args=[to_microseconds(before)])
+        return removed
 
     def remove(self) -> None:
         """Remove the namespace: its rows and its state."""

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import NoReturn
@@ -27,6 +27,7 @@ from churn_assets.defs.partitions import range_tags
 from churn_assets.defs.resources import Project
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
+from churn_assets.defs.weekly import REASON, trained_in, week_of, week_tags
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
@@ -80,13 +81,14 @@ class Launcher:
         job: str,
         assets: Sequence[str] | None = None,
         days: tuple[date, date] | None = None,
+        why: Mapping[str, str] | None = None,
     ) -> Outcome:
-        """Execute `job`, or some of its assets, for a range of days.
+        """Execute `job`, or some of its assets, for a range of days. `why`: more tags of the run.
 
         Raises UserError for what a person can mend, KeyboardInterrupt when a person stopped it;
         any other error of a step is raised as it is.
         """
-        tags = dict(LAUNCHER)
+        tags = {**LAUNCHER, **(why or {})}
         if days:
             tags |= range_tags(*days)
         started = time.monotonic()
@@ -284,29 +286,58 @@ def run_everything(home: Home) -> None:
     The caller holds the home. Raises UserError for what a person can mend, and KeyboardInterrupt
     when a person stopped it.
     """
-    from churn_assets.definitions import defs
-
-    project = Project.of(home)
-    print(f"home {home.root}\nsource {project.settings.describe_source()}", flush=True)
-    reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
-    with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
+    with _launching(home) as launcher:
+        project, instance = launcher.project, launcher.instance
+        print(f"home {home.root}\nsource {project.settings.describe_source()}", flush=True)
         claim_lake(project)
-        if close_dead_runs(instance):
-            _reconcile(project, instance)
-        launcher = Launcher(defs, instance, project, interrupted)
         _bring_in_data(launcher)
-        with _the_truth_in_mlflow(project, instance):
-            trained = launcher.run("training", "training")
+        week = week_of(project.now(), project.settings.schedules.timezone)
+        # By hand, so it trains whatever was done this week; and then this week is done.
+        because = {REASON: "make run"} if trained_in(instance, week) else week_tags(week)
+        trained = _train(launcher, because)
         if trained.success:
             launcher.run("bento", "build_bento").require()
-        elif not all(name.startswith("evaluation_report.") for name in trained.refused_by):
-            trained.require()
         launcher.run("drift", "drift").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     written.replace(home.summary)
     show(summary, home)
+
+
+def train(home: Home, reason: str | None) -> Outcome | None:
+    """Train on what has matured, judge and register: this week's training, or one for a `reason`.
+
+    None when this week's is there. The caller holds the home. Raises UserError for what a person
+    can mend.
+    """
+    with _launching(home) as launcher:
+        week = week_of(launcher.project.now(), launcher.project.settings.schedules.timezone)
+        if reason is None and (run := trained_in(launcher.instance, week)):
+            print(f"run {run.run_id} is the training of {week}; to train again, give a --reason")
+            return None
+        return _train(launcher, {REASON: reason} if reason else week_tags(week))
+
+
+@contextlib.contextmanager
+def _launching(home: Home) -> Generator[Launcher]:
+    from churn_assets.definitions import defs
+
+    project = Project.of(home)
+    reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
+    with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
+        if close_dead_runs(instance):
+            _reconcile(project, instance)
+        yield Launcher(defs, instance, project, interrupted)
+
+
+def _train(launcher: Launcher, because: Mapping[str, str]) -> Outcome:
+    """Raises UserError when another check than a gate stopped it."""
+    with _the_truth_in_mlflow(launcher.project, launcher.instance):
+        trained = launcher.run("training", "training", why=because)
+    if not all(name.startswith("evaluation_report.") for name in trained.refused_by):
+        trained.require()
+    return trained
 
 
 def _bring_in_data(launcher: Launcher) -> None:

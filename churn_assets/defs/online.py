@@ -32,13 +32,14 @@ def online_features(
     """One row a customer, brought up to the newest partition of the run by Feast.
 
     Incrementally from what is online; a partition that was computed again is written again. A row
-    is never replaced by an older one.
+    is never replaced by an older one; one beyond the retention is removed.
     """
     _, last = partition_range(context)
     load = project.feature_repo.materialize(last, cutoff_of(project.data_time()))
     return dg.MaterializeResult(
         metadata={
             "rows": load.rows,
+            "rows_purged": load.purged,
             "cutoff_online": load.state.newest_cutoff.isoformat(),
             "feature_service": project.feature_repo.service,
             "store": load.location,

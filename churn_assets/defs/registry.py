@@ -4,8 +4,9 @@ import dagster as dg
 
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
+from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.records import EvaluationRecord, RegisteredModel
-from churn_assets.lifecycle.registry import transition
+from churn_assets.lifecycle.registry import PIPELINE, transition
 
 
 @dg.asset(group_name="registry", kinds={"mlflow"}, owners=[f"team:{SETTINGS.team}"])
@@ -24,9 +25,9 @@ def registered_model(
         model.name,
         model.version,
         "Staging",
-        who="pipeline",
+        who=PIPELINE,
         why="every quality gate passed",
-        evidence={gate.name: gate.reason for gate in evaluation_report.gates},
+        evidence=Evidence("gates", {gate.name: gate.reason for gate in evaluation_report.gates}),
         now=project.now(),
     )
     record = RegisteredModel(
@@ -41,7 +42,7 @@ def registered_model(
         metadata={
             "version": record.version,
             "stage": record.stage,
-            "evidence": dict(step.evidence),
+            "evidence": step.evidence.line(),
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(model.mlflow_run)),
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -67,6 +67,7 @@ class Project:
             online=self.online_location,
             live=self.settings.is_live,
             spill=str(self.home.root / "tmp"),
+            retention=timedelta(days=self.settings.online_store.retention_days),
         )
 
     @cached_property

@@ -9,6 +9,7 @@ from churn_assets.data.late import Plan, plan_refresh
 from churn_assets.defs import jobs
 from churn_assets.defs.partitions import SETTINGS, range_tags
 from churn_assets.defs.resources import Project
+from churn_assets.defs.weekly import trained_in, week_of, week_tags
 from churn_assets.errors import UserError
 
 ON = dg.DefaultScheduleStatus.RUNNING
@@ -137,12 +138,20 @@ def late_requests(context: dg.ScheduleEvaluationContext, project: Project) -> li
     return requests_for_late_events(plan, context.scheduled_execution_time.date())
 
 
-training_schedule = dg.ScheduleDefinition(
+@dg.schedule(
     job=jobs.training,
     cron_schedule=cron("training"),
     execution_timezone=ZONE,
     default_status=ON,
 )
+def training_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Train, unless somebody has for this week: a person or a workflow, with `churn train`."""
+    week = week_of(context.scheduled_execution_time, ZONE)
+    if run := trained_in(context.instance, week):
+        return dg.SkipReason(f"run {run.run_id} is the training of {week}")
+    return dg.RunRequest(tags=week_tags(week))
+
+
 drift_schedule = dg.ScheduleDefinition(
     job=jobs.drift,
     cron_schedule=cron("drift_report"),

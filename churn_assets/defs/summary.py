@@ -14,7 +14,7 @@ from churn_assets.data.refresh import count_reasons
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.home import Home
 from churn_assets.lifecycle.records import BentoRecord, DriftRecord, EvaluationRecord
-from churn_assets.lifecycle.registry import get_version, stage_of
+from churn_assets.lifecycle.registry import read_registry
 from churn_assets.up import DAGSTER, MLFLOW
 
 COMPARED = ("auc", "accuracy", "brier", "log_loss", "f1")
@@ -33,7 +33,7 @@ def collect(
     )
     model, data = record.model, record.model.training_set
     metrics = record.metrics
-    version = get_version(project.mlflow_client(), model.name, model.version)
+    registry = read_registry(project.mlflow_client(), model.name)
     drift = msgspec.json.decode(read_record(project.home.records, "drift_report"), type=DriftRecord)
     tables = project.settings.raw_tables
     quarantined = {
@@ -60,7 +60,7 @@ def collect(
         },
         "gates": [msgspec.to_builtins(gate) for gate in record.gates],
         "refused_by": dict(refused_by),
-        "registered": {"version": model.version, "stage": stage_of(version)},
+        "registered": {"version": model.version, "stage": registry.version(model.version).stage},
         "bento": None,
         "prediction": None,
         "drift": {

@@ -25,6 +25,7 @@ from churn_assets.defs.metadata import (
 )
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
+from churn_assets.defs.weekly import REASON, stop_unless_first
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
@@ -85,12 +86,17 @@ def split_of(record: TrainingSetRecord) -> Split:
         ),
     ],
 )
-def training_set(project: dg.ResourceParam[Project], mlflow: dg.ResourceParam[Any]):
+def training_set(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    mlflow: dg.ResourceParam[Any],
+):
     """The rows a model is trained and judged on: labels, and Feast's features as of then.
 
     The newest labelled cutoff judges, the one a horizon before it calibrates, those before train.
     The set is kept under its content hash, so that `churn training-set` can bring it back.
     """
+    stop_unless_first(context.instance, context.run)
     split = temporal_split(
         project.labelled_days(),
         SETTINGS.windows.horizon_days,
@@ -198,7 +204,11 @@ def trained_model(
         name=SETTINGS.model_name,
         training_set=training_set,
         dagster_run=context.run_id,
-        tags={"team": SETTINGS.team, "use_case": SETTINGS.use_case},
+        tags={
+            "team": SETTINGS.team,
+            "use_case": SETTINGS.use_case,
+            "retrain_reason": context.run.tags.get(REASON, "by hand in Dagster"),
+        },
         project_root=PROJECT_ROOT,
     )
     return dg.MaterializeResult(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from churn_assets.data.training_set import (
     restore_training_set,
 )
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.registry import get_version, stage_of
+from churn_assets.lifecycle.registry import get_version, read_registry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,17 +76,16 @@ def restore(lake: Lake, data_hash: str, out: Path | None = None) -> Restored:
 
 def versions(client: MlflowClient, name: str) -> list[VersionLine]:
     """Every registered version of `name`, newest first."""
-    found = client.search_model_versions(f"name = '{name}'")
-    ordered = sorted(found, key=lambda version: -int(version.version))
+    found = read_registry(client, name).versions.values()
     return [
         VersionLine(
-            version=str(v.version),
-            stage=stage_of(v),
+            version=v.version,
+            stage=v.stage,
             family=v.tags.get("family", "-"),
             gates=v.tags.get("gates", "-"),
-            registered_at=datetime.fromtimestamp(v.creation_timestamp / 1000, UTC),
+            registered_at=v.registered_at,
             data_hash=v.tags.get("data_hash", "-"),
             mlflow_run=v.run_id or "-",
         )
-        for v in ordered
+        for v in sorted(found, key=lambda version: -int(version.version))
     ]

@@ -119,6 +119,7 @@ def make(lake: Lake, tmp_path: Path) -> Make:
             registry=registry,
             online=online or str(tmp_path / "online.db"),
             live=given.get("live", False),
+            retention=given.get("retention", timedelta(days=30)),
         )
 
     return make
@@ -342,6 +343,21 @@ def test_each_day_brings_what_is_new(lake: Lake, make: Make, location: str) -> N
     assert [row and row.cutoff for row in rows.values()] == [
         cutoff_of(DAYS[0]), cutoff_of(DAYS[1]), cutoff_of(DAYS[2]),
     ]  # fmt: skip
+
+
+def test_customers_long_gone_leave_the_store(lake: Lake, make: Make, location: str) -> None:
+    repo = make(online=location, retention=timedelta(days=1))
+    assert [repo.materialize(day).purged for day in DAYS[:2]] == [0, 0]
+    gone, left = population(DAYS[0])[0], population(DAYS[1])[0]
+    load = repo.materialize(DAYS[2])
+    assert load.purged == len({*population(DAYS[0])} - {*population(DAYS[1])})
+    rows = online(location, gone, left, *population(DAYS[2]))
+    assert rows.pop(gone) is None
+    assert rows.pop(left) == offline(lake, DAYS[1])[left]
+    assert rows == offline(lake, DAYS[2])
+    again = repo.materialize(DAYS[0])
+    assert online(location, gone)[gone] is None
+    assert (again.same.passed, again.same.figures["compared"]) == (True, 0)
 
 
 def test_an_earlier_partition_does_not_bring_the_past_back(

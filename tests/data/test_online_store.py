@@ -138,6 +138,30 @@ def test_a_namespace_of_its_own(
         assert theirs.state() is None
 
 
+def test_rows_of_customers_long_gone_are_removed(
+    writer: OnlineWriter, namespace: str, location: str, orders
+) -> None:
+    assert writer.purge(CUTOFF) == 0, "nothing was published"
+    ids = [f"c{n}" for n in range(2_500)]
+    cutoffs = [CUTOFF + (n % 5) * DAY for n in range(2_500)]
+    writer.publish(state(CUTOFF + 4 * DAY))
+    writer.write(CODEC, ids, [row(cutoff, 1) for cutoff in cutoffs], CUTOFF + 4 * DAY)
+    with closing(open_writer(location, namespace + "2")) as theirs:
+        theirs.publish(state(CUTOFF))
+        theirs.write(CODEC, ["c0"], [row(CUTOFF, 1)], CUTOFF)
+        assert writer.purge(datetime(1969, 1, 1, tzinfo=UTC)) == 0
+        assert writer.purge(CUTOFF + 2 * DAY) == 1_000
+        assert theirs.purge(CUTOFF) == 0
+        with closing(open_reader(location, namespace + "2")) as reader:
+            assert reader.read(["c0"]) != [None]
+        theirs.remove()
+    assert orders(*ids) == [
+        (1, cutoff) if cutoff >= CUTOFF + 2 * DAY else None for cutoff in cutoffs
+    ]
+    assert writer.state() == state(CUTOFF + 4 * DAY)
+    assert writer.purge(CUTOFF + 2 * DAY) == 0
+
+
 def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "online.db"
     with closing(open_writer(str(path))) as writer:

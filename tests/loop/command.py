@@ -163,7 +163,8 @@ class Seen:
 
     runs: (job, status) of Dagster's runs, newest first. materialized: partitions by asset, and
     the newest materialization. checks: the newest outcome by `asset.check`. mlflow: runs, newest
-    first. versions: registered versions by number, aliases: of the model.
+    first. versions: registered versions by number; aliases and
+    history: of the model.
     """
 
     summary: dict[str, Any] | None
@@ -174,6 +175,7 @@ class Seen:
     mlflow: list[Any]
     versions: dict[str, Any]
     aliases: dict[str, str]
+    history: list[Any]
     bentos: list[str]
     home: Path
 
@@ -190,6 +192,7 @@ def _look(home: Path) -> Seen:
     from dagster import AssetKey
 
     from churn_assets.definitions import defs
+    from churn_assets.lifecycle.registry import read_registry
 
     graph = defs.resolve_asset_graph()
     with dagster_of(home) as instance:
@@ -209,6 +212,7 @@ def _look(home: Path) -> Seen:
         }
     client = mlflow_of(home)
     found = client.search_registered_models() if client else []
+    history = [s for m in found if client for s in read_registry(client, m.name).history]
     summary = home / "run" / "summary.json"
     return Seen(
         summary=json.loads(summary.read_text()) if summary.exists() else None,
@@ -219,6 +223,7 @@ def _look(home: Path) -> Seen:
         mlflow=mlflow_runs(home),
         versions={str(v.version): v for v in client.search_model_versions()} if client else {},
         aliases={name: str(v) for m in found for name, v in m.aliases.items()},
+        history=history,
         bentos=sorted(path.parent.name for path in home.glob("bentoml/bentos/churn/*/bento.yaml")),
         home=home,
     )

@@ -43,6 +43,11 @@ NONSENSE = {
     "no rows asked": (SHOP | {"data_gate": {"min_rows": 0}}, "min_rows is 0; set at least 1"),
     "horizon": (SHOP | {"windows": {"horizon_days": 0}}, "horizon_days is 0; set at least 1"),
     "time zone": (SHOP | {"schedules": {"timezone": "Mars"}}, "no time zone Mars; write one such"),
+    "retention": (SHOP | {"online_store": {"retention_days": 0}}, "retention_days is 0; give days"),
+    "rows in use": (
+        SHOP | {"serving": {"max_age_hours": 800}},
+        "must be longer than serving.max_a",
+    ),
     "no file": (own("gone.csv"), r"orders: there is no file .*gone\.csv; check the path"),
     "no variable": (own("${CHURN_DATA}"), r"needs \$\{CHURN_DATA\}; set that environment variabl"),
     "no column": (own(amount="Amount"), r"has no column Amount \(did you mean amount\?\); it has"),

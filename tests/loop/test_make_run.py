@@ -254,9 +254,9 @@ def test_the_version_is_in_staging_with_its_models(first_run: Run):
     assert first_run.seen.aliases == {"staging": "1"}
     assert version.run_id == first_run.seen.mlflow[0].info.run_id
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
-    (step,) = json.loads(version.tags["stage_history"])
-    assert (step["source"], step["target"]) == ("None", "Staging")
-    assert set(step["evidence"]) == {"accuracy", "auc", "p95_latency_ms"}
+    (step,) = first_run.seen.history
+    assert (step.source, step.target, step.who) == ("None", "Staging", "pipeline")
+    assert set(step.evidence.figures) == {"accuracy", "auc", "p95_latency_ms"}
     kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
     assert {"model.onnx", "model.skops"} <= set(kept)
     assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))
@@ -280,6 +280,15 @@ def asked(home: Path, *arguments: str) -> str:
         done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     return done.output
+
+
+def test_the_week_of_a_run_is_done_and_nothing_trains_for_it_again(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "train")
+    assert done.code == 0
+    assert re.search(r"run \S+ is the training of \d{4}-W\d\d; to train again", done.out)
+    (run,) = first_run.seen.mlflow
+    assert run.data.tags["retrain_reason"].startswith("weekly training of ")
 
 
 def test_versions_are_listed(first_run: Run):

@@ -23,6 +23,8 @@ import psutil
 import pytest
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.defs.remote import RemoteDagster
+from churn_assets.defs.weekly import week_tags
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.bento import build_bento
@@ -175,6 +177,7 @@ def test_everything_answers_and_ctrl_c_ends_all_of_it(home: Path, tmp_path: Path
     assert "bento_for_new_version" in states
     for server in SERVERS:
         wait_for(lambda s=server: f"{s.title:14} {up.url(s.name)}" in up.text(), up)
+    ask_for_a_training_from_elsewhere(up.url("dagster"))
 
     second = start(["-m", "churn_assets", "up"], environment, tmp_path / "second.log")
     assert second.process.wait(PATIENCE_S) == 2
@@ -188,6 +191,18 @@ def test_everything_answers_and_ctrl_c_ends_all_of_it(home: Path, tmp_path: Path
     assert processes_of(home) == []
     assert not [name for name, port in up.ports.items() if listening(port)]
     assert "Traceback" not in up.text()
+
+
+def ask_for_a_training_from_elsewhere(url: str) -> None:
+    dagster, week = RemoteDagster(url), "2026-W48"
+    run = dagster.train(week_tags(week))
+    assert dagster.trained_in(week) == run, "it is being trained"
+    assert dagster.trained_in("2026-W49") is None
+    # There is no data in this home, so there is no model and the week is not done.
+    assert dagster.wait(run) == "FAILURE"
+    assert dagster.trained_in(week) is None
+    with pytest.raises(UserError, match=r"refuses: .*no-such-run"):
+        dagster.wait("no-such-run")
 
 
 # A server that ignores being asked, with a child in a session of its own: the worst kind of family.

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import warnings
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,23 @@ from churn_assets.lifecycle.experiments import (
     installed_packages,
     reconcile,
 )
+from churn_assets.lifecycle.history import Evidence, RollbackPlan, Stage
 from churn_assets.lifecycle.registry import (
+    INTENT_TAG,
+    POLICY,
+    TAG_LIMIT,
     get_version,
-    history_of,
+    read_registry,
     register_version,
-    stage_of,
+    rollback_plan,
+    rollback_target,
     transition,
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-NAME = "churn"
+GATES = Evidence("gates", {"auc": "auc 0.95 is at least 0.9"})
+BOOTSTRAP = Evidence("bootstrap", {"auc": 0.95})
+ROLLBACK = Evidence("rollback", {"reason": "it answers nonsense"})
 
 
 @pytest.fixture(scope="module")
@@ -39,56 +47,117 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     return made
 
 
+@dataclass
+class Model:
+    """A registered model of a test's own, and its moves with what a move usually needs."""
+
+    client: MlflowClient
+    name: str
+    run_id: str
+
+    def register(self) -> str:
+        tags = {"family": "forest"}
+        return register_version(
+            self.client, self.name, model_uri="/models/m", run_id=self.run_id, tags=tags
+        )
+
+    def read(self):
+        return read_registry(self.client, self.name)
+
+    def stages(self) -> dict[str, str]:
+        return {version.version: version.stage for version in self.read().versions.values()}
+
+    def move(self, version: str, target: Stage, **changes: Any):
+        given: dict[str, Any] = {"who": "pipeline", "why": "gates passed", "now": NOW}
+        given |= {"evidence": GATES, "plan": rollback_plan(self.read())}
+        return transition(self.client, self.name, version, target, **(given | changes))
+
+    def stage(self) -> str:
+        version = self.register()
+        self.move(version, "Staging")
+        return version
+
+    def promote(self, **changes: Any) -> str:
+        version = self.stage()
+        incumbent = self.read().production
+        evidence = (
+            Evidence("paired_replay", {"auc": 0.95}, incumbent=incumbent, rows=100)
+            if incumbent
+            else BOOTSTRAP
+        )
+        self.move(version, "Production", **({"who": "ada", "evidence": evidence} | changes))
+        return version
+
+
 @pytest.fixture
-def version(client: MlflowClient, tmp_path: Path) -> str:
-    experiment = ensure_experiment(client, tmp_path)
-    run = client.create_run(experiment)
-    return register_version(
-        client, NAME, model_uri=str(tmp_path), run_id=run.info.run_id, tags={"family": "forest"}
-    )
+def model(client: MlflowClient, tmp_path: Path) -> Model:
+    run = client.create_run(ensure_experiment(client, tmp_path))
+    return Model(client, f"churn-{run.info.run_id[:8]}", run.info.run_id)
 
 
-def move(client: MlflowClient, version: str, target, **changes):
-    given: dict[str, Any] = {"who": "pipeline", "why": "gates passed", "now": NOW}
-    given |= {"evidence": {"auc": "0.95"}, **changes}
-    return transition(client, NAME, version, target, **given)
-
-
-def test_a_version_starts_in_none_and_remembers_its_tags(client: MlflowClient, version: str):
-    registered = get_version(client, NAME, version)
-    assert stage_of(registered) == "None"
-    assert history_of(registered) == []
+def test_a_version_starts_in_none_and_remembers_its_tags(model: Model):
+    version = model.register()
+    registered = model.read().version(version)
+    assert registered.stage == "None"
     assert registered.tags["family"] == "forest"
+    assert model.read().history == ()
 
 
-def test_staging_sets_tag_alias_mirror_and_history(client: MlflowClient, version: str):
-    move(client, version, "Staging")
-    registered = get_version(client, NAME, version)
-    assert stage_of(registered) == "Staging"
-    assert str(client.get_model_version_by_alias(NAME, "staging").version) == version
+def test_a_model_that_is_not_there_has_no_versions(client: MlflowClient):
+    assert read_registry(client, "nobody").versions == {}
+
+
+def test_staging_sets_tag_alias_mirror_and_history(model: Model):
+    version = model.register()
+    model.move(version, "Staging", tags={"release_id": "v1-abc"})
+    registered = get_version(model.client, model.name, version)
+    assert registered.tags["stage"] == "Staging"
+    assert registered.tags["release_id"] == "v1-abc"
+    assert str(model.client.get_model_version_by_alias(model.name, "staging").version) == version
     assert registered.current_stage == "Staging"
-    (step,) = history_of(registered)
+    (step,) = model.read().history
     assert (step.source, step.target, step.who, step.at) == ("None", "Staging", "pipeline", NOW)
-    assert step.evidence == {"auc": "0.95"}
+    assert step.evidence == GATES
 
 
-def test_a_version_walks_to_archived_and_keeps_its_whole_history(
-    client: MlflowClient, version: str
-):
-    for target in ("Staging", "Production", "Archived"):
-        move(client, version, target)
-    registered = get_version(client, NAME, version)
-    assert [step.target for step in history_of(registered)] == ["Staging", "Production", "Archived"]
-    assert "production" not in client.get_registered_model(NAME).aliases
+def test_another_in_production_archives_the_one_before_it(model: Model):
+    first, second = model.promote(), model.promote()
+    assert model.stages() == {first: "Archived", second: "Production"}
+    assert model.client.get_registered_model(model.name).aliases == {"production": int(second)}
+    mirrored = model.client.search_model_versions(f"name = '{model.name}'")
+    assert {str(v.version): v.current_stage for v in mirrored} == model.stages()
+    archived = model.read().version(first)
+    assert archived.tags["archived_at"] == NOW.isoformat()
+    last = model.read().history[-1]
+    assert [(m.version, m.target) for m in last.moves] == [
+        (second, "Production"),
+        (first, "Archived"),
+    ]
+    assert last.plan == RollbackPlan(first, None, f"the job rollback goes back to version {first}")
 
 
-@pytest.mark.parametrize("target", ["Production", "Archived", "None"])
-def test_an_illegal_transition_is_refused_and_changes_nothing(
-    client: MlflowClient, version: str, target: str
-):
-    with pytest.raises(UserError, match="may go to Staging"):
-        move(client, version, target)
-    assert stage_of(get_version(client, NAME, version)) == "None"
+def test_staging_left_goes_to_the_newest_that_is_still_there(model: Model):
+    first, second = model.stage(), model.stage()
+    assert model.read().aliases == {"staging": second}
+    model.move(second, "Archived", evidence=Evidence("retired", {"why": "too slow"}))
+    assert model.read().aliases == {"staging": first}
+    model.move(first, "Production", evidence=BOOTSTRAP)
+    assert model.read().aliases == {"production": first}
+
+
+@pytest.mark.parametrize("target", ["Production", "Archived", "None", "Deleted"])
+def test_an_illegal_transition_is_refused_and_changes_nothing(model: Model, target: Stage):
+    version = model.register()
+    with pytest.raises(UserError, match="is in None and may go to Staging, not to"):
+        model.move(version, target)
+    assert model.stages() == {version: "None"}
+    assert model.read().history == ()
+
+
+def test_production_is_left_only_by_being_replaced(model: Model):
+    version = model.promote()
+    with pytest.raises(UserError, match="only when another takes its place"):
+        model.move(version, "Archived", evidence=Evidence("retired"))
 
 
 @pytest.mark.parametrize(
@@ -96,20 +165,148 @@ def test_an_illegal_transition_is_refused_and_changes_nothing(
     [
         ({"who": " "}, "needs a name and a reason"),
         ({"why": ""}, "needs a name and a reason"),
-        ({"evidence": {}}, "needs evidence"),
+        ({"evidence": Evidence("gates")}, "needs evidence"),
+        ({"evidence": BOOTSTRAP}, "needs evidence"),
+        ({"evidence": Evidence("gates", {"auc": "low"}, passed=False)}, "the gates refused"),
+        ({"why": "x" * TAG_LIMIT}, "shorten the reason"),
     ],
 )
-def test_a_transition_without_a_name_a_reason_or_evidence_is_refused(
-    client: MlflowClient, version: str, changes: dict, says: str
-):
+def test_a_way_to_staging_without_what_it_needs_is_refused(model: Model, changes: dict, says: str):
+    version = model.register()
     with pytest.raises(UserError, match=says):
-        move(client, version, "Staging", **changes)
-    assert stage_of(get_version(client, NAME, version)) == "None"
+        model.move(version, "Staging", **changes)
+    assert model.stages() == {version: "None"}
 
 
-def test_a_version_that_does_not_exist_is_named(client: MlflowClient, version: str):
+def test_a_version_the_gates_refused_stays_whatever_is_said_of_it(model: Model):
+    version = model.register()
+    model.client.set_model_version_tag(model.name, version, "gates", "refused")
+    with pytest.raises(UserError, match="the gates refused"):
+        model.move(version, "Staging")
+
+
+def compared(**changes: Any) -> Evidence:
+    given: dict[str, Any] = {"figures": {"auc": 0.95}, "incumbent": "1", "rows": 100}
+    return Evidence("paired_replay", **(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"who": ""}, "needs a name and a reason"),
+        ({"evidence": GATES}, "a trial or a paired replay, not gates"),
+        ({"evidence": BOOTSTRAP}, "must be compared with it"),
+        ({"evidence": compared(incumbent="7")}, "in Production is 1; compare it with that"),
+        ({"evidence": compared(incumbent=None)}, "in Production is 1; compare it with that"),
+        ({"evidence": compared(rows=0)}, "no figures or no rows"),
+        ({"evidence": compared(rows=None)}, "no figures or no rows"),
+        ({"evidence": compared(figures={})}, "no figures or no rows"),
+        ({"who": POLICY, "evidence": compared(passed=False)}, "does not pass the policy"),
+        ({"plan": None}, "needs a rollback plan that goes back to version 1"),
+        ({"plan": RollbackPlan(None, None, "hope")}, "goes back to version 1"),
+        ({"plan": RollbackPlan("1", None, " ")}, "needs a rollback plan"),
+    ],
+)
+def test_a_way_to_production_without_what_it_needs_is_refused(
+    model: Model, changes: dict, says: str
+):
+    model.promote()
+    before = model.read()
+    with pytest.raises(UserError, match=says):
+        model.promote(**changes)
+    assert model.read().production == before.production == "1"
+    model.promote(evidence=compared(passed=False))
+    assert model.read().production == "3"
+
+
+def test_the_first_version_needs_a_bootstrap(model: Model):
+    with pytest.raises(UserError, match="in Production is none; compare it with that"):
+        model.promote(evidence=compared())
+    assert model.read().production is None
+
+
+def test_a_rollback_goes_back_to_the_last_known_good_version(model: Model):
+    first, second, third = model.promote(), model.promote(), model.promote()
+    assert rollback_target(model.read()) == second
+    model.move(second, "Production", evidence=ROLLBACK, plan=None)
+    assert model.stages() == {first: "Archived", second: "Production", third: "Archived"}
+    # Not to the one that was bad.
+    assert rollback_target(model.read()) == first
+    model.move(first, "Production", evidence=ROLLBACK)
+    with pytest.raises(UserError, match="there is nothing to roll back to"):
+        rollback_target(model.read())
+    # A person may put it back by name, and then it is one to go back from.
+    assert rollback_target(model.read(), third) == third
+    model.move(third, "Production", evidence=ROLLBACK)
+    with pytest.raises(UserError, match="there is nothing to roll back to"):
+        rollback_target(model.read())
+
+
+def test_nothing_in_production_is_nothing_to_roll_back(model: Model):
+    model.stage()
+    with pytest.raises(UserError, match="has nothing in Production"):
+        rollback_target(model.read())
+
+
+@pytest.mark.parametrize("evidence", [GATES, BOOTSTRAP, compared(incumbent="2")])
+def test_archived_comes_back_only_by_rollback(model: Model, evidence: Evidence):
+    first, second = model.promote(), model.promote()
+    with pytest.raises(UserError, match="only by a rollback"):
+        model.move(first, "Production", evidence=evidence)
+    assert model.read().production == second
+
+
+def test_a_rollback_to_a_version_that_never_served_is_refused(model: Model):
+    retired = model.stage()
+    model.move(retired, "Archived", evidence=Evidence("retired", {"why": "too slow"}))
+    model.promote()
+    with pytest.raises(UserError, match="has never been in Production"):
+        model.move(retired, "Production", evidence=ROLLBACK)
+
+
+def test_what_is_in_use_cannot_be_deleted(model: Model):
+    first, second, third = model.promote(), model.promote(), model.promote()
+    seen = model.read().version(first).tags["archived_at"]
+    retention = Evidence("retention", {"archived_at": seen})
+    with pytest.raises(UserError, match="a rollback would go back to it"):
+        model.move(second, "Deleted", evidence=retention)
+    with pytest.raises(UserError, match="at another time than was seen"):
+        model.move(first, "Deleted", evidence=Evidence("retention", {"archived_at": "then"}))
+    model.move(first, "Deleted", evidence=retention)
+    assert sorted(model.stages()) == [second, third]
+    with pytest.raises(UserError, match=f"no version {first}"):
+        model.move(first, "Production", evidence=ROLLBACK)
+
+
+def test_a_version_that_does_not_exist_is_named(model: Model):
+    model.register()
     with pytest.raises(UserError, match="no version 9999"):
-        move(client, "9999", "Staging")
+        model.move("9999", "Staging")
+
+
+def test_a_registry_changed_by_hand_is_refused_and_named(model: Model):
+    version = model.promote()
+    model.client.set_registered_model_alias(model.name, "production", model.register())
+    assert model.read().faults()
+    with pytest.raises(UserError, match="contradicts itself"):
+        model.stage()
+    model.client.set_registered_model_alias(model.name, "production", version)
+    assert model.read().faults() == []
+    model.client.set_registered_model_tag(model.name, INTENT_TAG, "{")
+    with pytest.raises(UserError, match=r"transition\.intent .* is not a step"):
+        model.read()
+
+
+def test_a_clock_that_went_back_does_not_reorder_the_history(model: Model):
+    model.promote()
+    model.promote(now=NOW - timedelta(days=3))
+    assert [step.at for step in model.read().history] == [NOW] * 4
+
+
+def test_a_registry_that_is_down_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"the registry did not answer .* goes on serving"):
+        read_registry(MlflowClient("http://127.0.0.1:9"), "churn")
 
 
 def test_reconcile_gives_a_run_the_ending_dagster_saw(client: MlflowClient, tmp_path: Path):

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import shutil
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -257,17 +259,44 @@ def test_a_batch_has_a_body_limit_of_its_own(call: Callable[..., Caller], path: 
     assert (status, answer["error"]["field"], headers["connection"]) == (413, "body", "close")
 
 
-def test_a_file_that_is_gone_is_503_until_it_is_back(
-    call: Callable[..., Caller], path: Path
-) -> None:
+@contextmanager
+def gone(path: Path) -> Generator[None]:
     kept = path.rename(path.with_name("kept.db"))
-    service = call(path)
+    yield
+    kept.rename(path)
+
+
+@contextmanager
+def overwritten(path: Path) -> Generator[None]:
+    kept = path.rename(path.with_name("kept.db"))
+    path.write_bytes(b"not a database" * 1_000)
+    yield
+    kept.rename(path)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.mark.parametrize("fault", [gone, overwritten, locked])
+def test_a_file_that_cannot_be_read_is_503_until_it_can(
+    fault: Callable[[Path], AbstractContextManager[None]], call: Callable[..., Caller], path: Path
+) -> None:
+    with fault(path):
+        service = call(path)
+        refused(service)
+    assert until(lambda: service("/predict", {"customer_id": "c-1"})[0] == 200)
+
+
+def refused(service: Caller) -> None:
     status, answer, headers = service("/predict", {"customer_id": "c-1"})
     assert (status, answer["error"]["field"], headers["retry-after"]) == (503, "online_store", "1")
     assert service("/predict_batch", {"rows": [{"customer_id": "c-1"}]})[0] == 503
     assert service("/predict", VALID)[0] == 200
-    kept.rename(path)
-    assert until(lambda: service("/predict", {"customer_id": "c-1"})[0] == 200)
 
 
 needs_redis = pytest.mark.skipif(

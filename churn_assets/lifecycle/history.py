@@ -1,0 +1,164 @@
+"""What happened in the registry: its steps, and what they say of any moment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Literal
+
+import msgspec
+
+Stage = Literal["None", "Staging", "Production", "Archived", "Deleted"]
+
+# gates: what let a version into Staging. bootstrap, trial, paired_replay: what may put one into
+# Production. rollback: why the former one came back. retired, retention: why one went.
+EvidenceKind = Literal[
+    "gates", "bootstrap", "trial", "paired_replay", "rollback", "retired", "retention"
+]
+COMPARISONS: tuple[EvidenceKind, ...] = ("trial", "paired_replay")
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """What a step was taken on.
+
+    figures: by name. incumbent: the version a candidate was compared with, on the same `rows` rows.
+    passed: whether the gates, or the policy the comparison was held against, let it pass.
+    """
+
+    kind: EvidenceKind
+    figures: dict[str, float | str] = {}
+    passed: bool = True
+    incumbent: str | None = None
+    rows: int | None = None
+
+    def line(self) -> str:
+        """The evidence in a line, for a person."""
+        compared = f" against version {self.incumbent}" if self.incumbent else ""
+        rows = f" on {self.rows:,} rows" if self.rows else ""
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in self.figures.items())
+        return f"{self.kind}{compared}{rows}" + (f": {figures}" if figures else "")
+
+
+class RollbackPlan(msgspec.Struct, frozen=True):
+    """Where to go back to when a version in Production turns out bad.
+
+    `to` is the version in Production before it, with its release; null when it is the first.
+    """
+
+    to: str | None
+    release_id: str | None
+    how: str
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One version from stage to stage, and the tags it gets with it."""
+
+    version: str
+    source: Stage
+    target: Stage
+    tags: dict[str, str] = {}
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One transition, with everything it changes: the version's own move first.
+
+    aliases: where they point afterwards; null removes one. decision: the id of the stored decision
+    it carries out.
+    """
+
+    number: int
+    moves: tuple[Move, ...]
+    aliases: dict[str, str | None]
+    who: str
+    why: str
+    at: datetime
+    evidence: Evidence
+    plan: RollbackPlan | None = None
+    decision: str | None = None
+
+    @property
+    def version(self) -> str:
+        """The version that was asked to move."""
+        return self.moves[0].version
+
+    @property
+    def source(self) -> Stage:
+        """Where it came from."""
+        return self.moves[0].source
+
+    @property
+    def target(self) -> Stage:
+        """Where it went."""
+        return self.moves[0].target
+
+    def line(self) -> str:
+        """The step in a line, for a person."""
+        also = "; ".join(f"version {m.version} -> {m.target}" for m in self.moves[1:])
+        return (
+            f"{self.at:%Y-%m-%d %H:%M:%S}  version {self.version}  {self.source} -> {self.target}"
+            f"{f' ({also})' if also else ''}  by {self.who}: {self.why}  [{self.evidence.line()}]"
+        )
+
+
+@dataclass(frozen=True)
+class Tenure:
+    """A time a version was in Production, from `since` up to `until` (None: it still is)."""
+
+    version: str
+    since: datetime
+    until: datetime | None
+    step: Step
+
+
+def tenures(history: Sequence[Step]) -> list[Tenure]:
+    """Every time a version was in Production, oldest first."""
+    entered = [step for step in history if step.target == "Production"]
+    left = [step.at for step in entered[1:]]
+    return [
+        Tenure(step.version, step.at, until, step)
+        for step, until in zip(entered, [*left, None], strict=True)
+    ]
+
+
+def in_production(history: Sequence[Step], on: date | datetime) -> list[Tenure]:
+    """What was in Production at a moment, or at any time of a day (UTC), oldest first."""
+    if isinstance(on, datetime):
+        first, end = on, on + timedelta(microseconds=1)
+    else:
+        first = datetime.combine(on, time(), UTC)
+        end = first + timedelta(days=1)
+    return [
+        tenure
+        for tenure in tenures(history)
+        if tenure.since < end and (tenure.until is None or tenure.until > first)
+    ]
+
+
+def known_good(history: Sequence[Step]) -> list[str]:
+    """The versions Production could go back to in turn, the one in Production last.
+
+    A version that was rolled back from is none of them, unless a person put it back.
+    """
+    good: list[str] = []
+    for step in history:
+        if step.target == "Production":
+            if step.source == "Archived":
+                good = good[: good.index(step.version)] if step.version in good else good[:-1]
+            good.append(step.version)
+        elif step.target == "Deleted" and step.version in good:
+            good.remove(step.version)
+    return good
+
+
+def last_known_good(history: Sequence[Step]) -> str | None:
+    """The version a rollback goes to unless told otherwise, or None when there is none."""
+    good = known_good(history)
+    return good[-2] if len(good) > 1 else None
+
+
+def _figure(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if math.isfinite(value) else str(value)

@@ -73,6 +73,11 @@ class Home:
         return self.root / "records"
 
     @property
+    def ledger(self) -> Path:
+        """Every evaluation on a held-out window, a JSON line each; it is only ever appended to."""
+        return self.root / "ledger" / "held_out.jsonl"
+
+    @property
     def reports(self) -> Path:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"

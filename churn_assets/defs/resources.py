@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import dagster as dg
 import ibis
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from churn_assets.contract.features import Feature, features_for
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
-from churn_assets.data.windows import labelled_partition
+from churn_assets.data.windows import labelled_partition, partition_of_cutoff
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
@@ -81,6 +83,15 @@ class Project:
         if not isinstance(source, ShopSourceConfig):
             return None
         return Shop(source.shop, self.settings.calendar.start).churn_probability
+
+    def tenure_days(self, customers: Sequence[str], cutoff: datetime) -> NDArray[np.float64]:
+        """Days from the first appearance of each customer to `cutoff`; NaN where it is unknown."""
+        last = partition_of_cutoff(cutoff)
+        first = self.settings.calendar.start
+        seen = self.lake.read("customers", first, last, columns=["customer_id", "occurred_at"])
+        appeared = seen.to_pandas().groupby("customer_id")["occurred_at"].min()
+        days = (cutoff - appeared.reindex(list(customers))) / timedelta(days=1)
+        return np.floor(days.to_numpy(dtype=np.float64))
 
     @property
     def features(self) -> tuple[Feature, ...]:

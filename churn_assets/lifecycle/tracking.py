@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -144,29 +145,41 @@ def log_evaluation(
     client: MlflowClient, record: EvaluationRecord, plots: Mapping[str, bytes], folder: Path
 ) -> None:
     """Put the judgement and its plots on the run that trained the model, and on the version."""
-    run_id = record.model.mlflow_run
-    for name, value in record.metrics.items():
-        client.log_metric(run_id, name, value)
+    from mlflow.entities import Metric
+
+    run_id, now = record.model.mlflow_run, int(time.time() * 1000)
+    figures = dict(record.metrics)
+    for name, found in record.intervals.items():
+        if found.low is not None and found.high is not None:
+            figures |= {f"{name}_low": found.low, f"{name}_high": found.high}
+    client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in figures.items()])
     client.log_dict(run_id, msgspec.to_builtins(record), "evaluation/report.json")
     for name, png in plots.items():
         path = folder / f"{name}.png"
         path.write_bytes(png)
         client.log_artifact(run_id, str(path), "evaluation")
     refused = ", ".join(gate.name for gate in record.gates if not gate.passed)
+    if record.held_out_use is not None:
+        client.set_tag(run_id, "held_out_use", record.held_out_use.sentence)
     client.set_tag(run_id, "gates", f"refused by {refused}" if refused else "passed")
-    client.set_model_version_tag(
-        record.model.name, record.model.version, "gates", "refused" if refused else "passed"
-    )
+    name, version = record.model.name, record.model.version
+    client.set_model_version_tag(name, version, "gates", "refused" if refused else "passed")
+    client.set_model_version_tag(name, version, "release_id", record.release_id)
 
 
 def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:
     """The ONNX graph of a registered model, as it was logged."""
+    return onnx_of(record.onnx_uri, tracking_uri)
+
+
+def onnx_of(model_uri: str, tracking_uri: str) -> bytes:
+    """The ONNX graph logged at `model_uri`."""
     import mlflow
     import mlflow.onnx
 
     mlflow.set_tracking_uri(tracking_uri)
     with _quiet("mlflow"):
-        return mlflow.onnx.load_model(record.onnx_uri).SerializeToString()
+        return mlflow.onnx.load_model(model_uri).SerializeToString()
 
 
 def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:

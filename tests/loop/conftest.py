@@ -121,7 +121,14 @@ OWN_TABLES: Mapping[str, Any] = {
     "windows": {"activity_days": 30, "horizon_days": 10},
     "data_gate": {"min_rows": 500},
     "training": {"families": ["logistic_regression"]},
-    "quality_gates": {"accuracy": 0.5, "auc": 0.5, "p95_latency_ms": 5000},
+    "quality_gates": {
+        "accuracy": 0.5,
+        "auc": 0.5,
+        "p95_latency_ms": 5000,
+        "calibration_error": 0.2,
+        "segment_auc": 0.4,
+        "auc_over_recency": -0.1,
+    },
 }
 
 

@@ -37,6 +37,15 @@ ASSETS = (
     "churn_bento",
     "drift_report",
 )
+GATES = (
+    "accuracy",
+    "auc",
+    "p95_latency_ms",
+    "calibration_error",
+    "segment_auc",
+    "auc_over_recency",
+    "log_loss_over_production",
+)
 CHECKS = {
     "customer_features.schema",
     "customer_features.nulls",
@@ -48,9 +57,7 @@ CHECKS = {
     "training_set.no_feature_too_good",
     "training_set.no_row_lost",
     "trained_model.onnx_parity",
-    "evaluation_report.accuracy",
-    "evaluation_report.auc",
-    "evaluation_report.p95_latency_ms",
+    *(f"evaluation_report.{name}" for name in GATES),
     "churn_bento.answers",
     "drift_report.no_drift",
 }
@@ -114,9 +121,17 @@ def test_the_summary_has_every_figure(first_run: Run):
         assert all(0 <= b[figure] <= 1 for b in model["baselines"].values())
     assert model["auc"] > model["baselines"]["recency"]["auc"] > 0.5
     assert model["brier"] < model["baselines"]["recency"]["brier"]
-    assert [g["name"] for g in summary["gates"]] == ["accuracy", "auc", "p95_latency_ms"]
+    assert [g["name"] for g in summary["gates"]] == list(GATES)
     assert all(g["passed"] and g["reason"] for g in summary["gates"])
-    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000]
+    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000, 0.05, 0.65, 0, 0]
+    evidence = summary["evidence"]
+    assert evidence["use"] == 1
+    assert evidence["production"] is None
+    assert set(evidence["model_minus"]) == {"majority", "recency"}
+    for name, found in evidence["intervals"].items():
+        assert found["value"] == pytest.approx(model[name])
+        assert found["low"] < found["high"]
+    assert {s["by"] for s in evidence["segments"]} == {"tenure", "value", "activity"}
     assert summary["gates"][1]["value"] == model["auc"]
     assert summary["registered"] == {"version": "1", "stage": "Staging"}
     prediction = summary["prediction"]
@@ -256,7 +271,7 @@ def test_the_version_is_in_staging_with_its_models(first_run: Run):
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
     (step,) = first_run.seen.history
     assert (step.source, step.target, step.who) == ("None", "Staging", "pipeline")
-    assert set(step.evidence.figures) == {"accuracy", "auc", "p95_latency_ms"}
+    assert set(step.evidence.figures) == set(GATES)
     kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
     assert {"model.onnx", "model.skops"} <= set(kept)
     assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))
@@ -381,7 +396,10 @@ def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
     assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9999", done.out)
     assert "nothing was promoted" in done.out
     assert list(summary["refused_by"]) == ["evaluation_report.auc"]
-    assert [g["passed"] for g in summary["gates"]] == [True, False, True]
+    assert [g["name"] for g in summary["gates"] if not g["passed"]] == ["auc"]
+    # Versions 2 and 3 were judged on the same day, version 1 on that of three days before.
+    assert summary["evidence"]["use"] == 3
+    assert "used for the 3rd time (before: version 2, 3)" in done.out
     assert summary["bento"] is summary["prediction"] is None
 
 

@@ -39,7 +39,7 @@ from churn_assets.data.versions import as_known, store_superseded
 from churn_assets.data.windows import Windows, days_between
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
 
 # A year of features of a mid-sized shop is some hundred megabytes in memory.
 CHUNK_DAYS = 366
@@ -102,7 +102,7 @@ def refresh_raw(
 
 def refresh_features(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     features: Sequence[Feature],
     tables: Sequence[str],
     first: date,
@@ -153,7 +153,7 @@ def refresh_features(
 
 def compute_features(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     tables: Sequence[str],
     first: date,
     last: date,
@@ -174,7 +174,7 @@ def compute_features(
 
 
 def refresh_labels(
-    lake: Lake, con: DuckDBBackend, first: date, last: date, windows: Windows
+    lake: Lake, con: BaseBackend, first: date, last: date, windows: Windows
 ) -> Refreshed:
     """Compute the labels that mature with the days [first, last].
 

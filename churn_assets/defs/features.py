@@ -36,7 +36,7 @@ LOOK_BACK = {table: look_back_days(table, SETTINGS.windows) for table in SETTING
 
 @dg.asset(
     group_name="features",
-    kinds={"duckdb", "pandera", "parquet"},
+    kinds={SETTINGS.engine, "pandera", "parquet"},
     owners=OWNERS,
     partitions_def=DAILY,
     backfill_policy=dg.BackfillPolicy.single_run(),
@@ -129,7 +129,7 @@ def _leakage(project: Project, first: date, last: date) -> CheckResult:
 
 @dg.asset(
     group_name="features",
-    kinds={"duckdb", "parquet"},
+    kinds={SETTINGS.engine, "parquet"},
     owners=OWNERS,
     partitions_def=DAILY,
     backfill_policy=dg.BackfillPolicy.single_run(),

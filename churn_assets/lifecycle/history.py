@@ -115,11 +115,8 @@ class Tenure:
 def tenures(history: Sequence[Step]) -> list[Tenure]:
     """Every time a version was in Production, oldest first."""
     entered = [step for step in history if step.target == "Production"]
-    left = [step.at for step in entered[1:]]
-    return [
-        Tenure(step.version, step.at, until, step)
-        for step, until in zip(entered, [*left, None], strict=True)
-    ]
+    left = [*(step.at for step in entered[1:]), None]
+    return [Tenure(step.version, step.at, left[place], step) for place, step in enumerate(entered)]
 
 
 def in_production(history: Sequence[Step], on: date | datetime) -> list[Tenure]:

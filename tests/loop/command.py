@@ -107,8 +107,10 @@ def started(step: str) -> Callable[[str, psutil.Process], bool]:
 
 
 def writing(folder: Path, step: str) -> Callable[[str, psutil.Process], bool]:
-    """The moment a step has its temporary files in `folder`."""
-    return lambda out, _: f"\n  {step} " in out and any(folder.glob(".tmp-*"))
+    """The moment a step has its temporary files in `folder`, or else its first partitions."""
+    return lambda out, _: (
+        f"\n  {step} " in out and (any(folder.glob(".tmp-*")) or any(folder.glob("day=*")))
+    )
 
 
 def with_a_child(step: str) -> Callable[[str, psutil.Process], bool]:
@@ -243,3 +245,22 @@ def mlflow_runs(home: Path) -> list[Any]:
     if client is None:
         return []
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, what was seen after it, and after every one stopped before it."""
+
+    done: Done
+    seen: Seen
+    stopped: tuple[tuple[Done, Seen], ...] = ()
+
+    @property
+    def home(self) -> Path:
+        return self.seen.home
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.done.code == 0, self.done
+        assert self.seen.summary is not None
+        return self.seen.summary

@@ -3,13 +3,12 @@ from __future__ import annotations
 import csv
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Done, Seen, churn, dagster_of, look, started, stop_at, with_a_child, writing
+from command import Run, churn, dagster_of, look, started, stop_at, with_a_child, writing
 from command import write_config as write
 
 from churn_assets.simulator.params import ShopParams
@@ -29,25 +28,6 @@ MORE_DAYS = {
     "training": {"families": ["logistic_regression"]},
 }
 IMPOSSIBLE = {**MORE_DAYS, "quality_gates": {"auc": 0.9999, "p95_latency_ms": 5000}}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run, what was seen after it, and after every one stopped before it."""
-
-    done: Done
-    seen: Seen
-    stopped: tuple[tuple[Done, Seen], ...] = ()
-
-    @property
-    def home(self) -> Path:
-        return self.seen.home
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        assert self.done.code == 0, self.done
-        assert self.seen.summary is not None
-        return self.seen.summary
 
 
 def run(home: Path, config: Path) -> Run:

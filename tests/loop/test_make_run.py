@@ -18,8 +18,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from command import RAW, ROOT, assert_readable, churn, days_of, mlflow_of
-from conftest import Run
+from command import RAW, ROOT, Run, assert_readable, churn, days_of, mlflow_of
 
 from churn_assets.cli import cli
 from churn_assets.contract.features import FEATURE_NAMES
@@ -304,6 +303,14 @@ def test_the_week_of_a_run_is_done_and_nothing_trains_for_it_again(first_run: Ru
     assert re.search(r"run \S+ is the training of \d{4}-W\d\d; to train again", done.out)
     (run,) = first_run.seen.mlflow
     assert run.data.tags["retrain_reason"].startswith("weekly training of ")
+
+
+def test_the_rows_of_the_next_training_are_judged_alone(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "validate-data")
+    rows = first_run.summary["training_rows"]
+    assert (done.code, f"  rows: {rows}\n" in done.out) == (0, True), done
+    assert "  min_rows: 5000\n" in done.out
 
 
 def test_versions_are_listed(first_run: Run):

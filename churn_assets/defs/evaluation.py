@@ -11,6 +11,7 @@ from churn_assets.defs.metadata import (
     figures_table,
     gates_table,
     intervals_table,
+    offers_table,
     plot,
     scores_table,
     segments_table,
@@ -90,6 +91,7 @@ def evaluation_report(
         threshold=SETTINGS.training.decision_threshold,
         seed=SETTINGS.seed,
         policy=SETTINGS.evaluation,
+        costs=SETTINGS.costs,
     )
     release = build_release(
         project.home.releases,
@@ -130,6 +132,7 @@ def evaluation_report(
             "intervals": intervals_table(record.intervals),
             "model_minus_others": against_table(record.against),
             "segments": segments_table(record.segments),
+            "offers": offers_table(judged.profit, judged.at_offers),
             "held_out_window": use.sentence,
             "production": incumbent.version if incumbent else "no production model",
             "latency": figures_table([times | {"requests": latency.requests}]),

@@ -15,7 +15,8 @@ from churn_assets.data.checks import CheckResult
 from churn_assets.data.tables import RawTable
 from churn_assets.lifecycle.records import GateRecord
 from churn_assets.modeling.bootstrap import Interval, interval_text
-from churn_assets.modeling.metrics import Evaluation
+from churn_assets.modeling.costs import ProfitCurve
+from churn_assets.modeling.metrics import Evaluation, Scores
 from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
@@ -244,6 +245,24 @@ def against_table(against: Mapping[str, Mapping[str, Interval]]) -> dg.TableMeta
             | {"difference": one.value, "low": one.low, "high": one.high}
             for other, figures in against.items()
             for name, one in figures.items()
+        ]
+    )
+
+
+def offers_table(profit: ProfitCurve, scores: Scores) -> dg.TableMetadataValue:
+    """What offers above the threshold of the cost matrix would have earned, a customer."""
+    return figures_table(
+        [
+            {
+                "offer above P": profit.threshold,
+                "customers": f"{profit.offered:.1%}",
+                "profit": interval_text(profit.profit),
+                "best in hindsight": f"{profit.best_profit:.4f} above {profit.best_threshold:.2f}",
+                "offer to everyone": profit.everyone,
+                "knowing who leaves": profit.perfect,
+                "accuracy there": scores.accuracy,
+                "f1 there": scores.f1,
+            }
         ]
     )
 

@@ -73,6 +73,7 @@ def collect(
             "intervals": msgspec.to_builtins(record.intervals),
             "model_minus": msgspec.to_builtins(record.against),
             "segments": msgspec.to_builtins(record.segments),
+            "offers": {k: v for k, v in metrics.items() if k.startswith("offer_")},
             "production": record.paired_replay.incumbent if record.paired_replay else None,
         },
         "gates": [msgspec.to_builtins(gate) for gate in record.gates],
@@ -142,6 +143,7 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
     )
     shown += [
         f"  intervals   {ranges}",
+        f"  offers      {_offers(summary['evidence']['offers'])}",
         f"  held out    {summary['evidence']['held_out']}",
         "",
     ]
@@ -182,6 +184,14 @@ def _quarantined(by_table: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
         f"{table}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
         for table, counts in by_table.items()
+    )
+
+
+def _offers(found: Mapping[str, float]) -> str:
+    return (
+        f"above P = {found['offer_threshold']:.3f} (cost matrix) to {found['offer_share']:.0%} of "
+        f"customers: {found['offer_profit']:+.2f} a customer, to everyone "
+        f"{found['offer_profit_everyone']:+.2f}; accuracy there {found['offer_accuracy']:.4f}"
     )
 
 

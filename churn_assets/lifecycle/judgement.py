@@ -92,6 +92,7 @@ def judgement(
         "log_loss_over_production": over_production.low if over_production else None,
         "segment_auc": weakest[0] if weakest else None,
     }
+    metrics |= _at_offers(judged)
     metrics |= {name: value for name, value in found.items() if value is not None}
     gates = judge_gates(
         policy,
@@ -114,6 +115,7 @@ def judgement(
         intervals=judged.intervals,
         against=judged.against,
         segments=judged.segments,
+        profit=judged.profit,
         paired_replay=(
             PairedReplay(
                 incumbent=incumbent.version,
@@ -127,3 +129,18 @@ def judgement(
         ),
         held_out_use=use,
     )
+
+
+def _at_offers(judged: Judged) -> dict[str, float]:
+    """The figures at the threshold of the cost matrix; profits are of a customer."""
+    scores, profit = judged.at_offers, judged.profit
+    found = {
+        "offer_threshold": profit.threshold,
+        "offer_share": profit.offered,
+        "offer_accuracy": scores.accuracy,
+        "offer_f1": scores.f1,
+        "offer_profit": profit.profit.value,
+        "offer_profit_best_in_hindsight": profit.best_profit,
+        "offer_profit_everyone": profit.everyone,
+    }
+    return {name: value for name, value in found.items() if value is not None}

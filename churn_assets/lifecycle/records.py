@@ -8,6 +8,7 @@ import msgspec
 
 from churn_assets.lifecycle.ledger import Use
 from churn_assets.modeling.bootstrap import Interval, interval_text
+from churn_assets.modeling.costs import ProfitCurve
 from churn_assets.modeling.segments import Segment
 
 
@@ -76,8 +77,8 @@ class EvaluationRecord(msgspec.Struct, frozen=True):
     """The judgement of one version on the latest labelled window.
 
     intervals: figures of the model. against: log loss, AUC and Brier score of the model minus those
-    of majority, recency and production. paired_replay: the comparison with the version in
-    Production; None when there is none, or it could not be asked.
+    of majority, recency and production. profit: of offers by this model. paired_replay: the
+    comparison with the version in Production; None when there is none, or it could not be asked.
     """
 
     model: ModelRecord
@@ -89,6 +90,7 @@ class EvaluationRecord(msgspec.Struct, frozen=True):
     intervals: dict[str, Interval] = {}
     against: dict[str, dict[str, Interval]] = {}
     segments: tuple[Segment, ...] = ()
+    profit: ProfitCurve | None = None
     paired_replay: PairedReplay | None = None
     held_out_use: Use | None = None
 

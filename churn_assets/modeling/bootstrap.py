@@ -189,6 +189,20 @@ def differences(
     return _intervals(lost, ours, resampling, seed, customers)
 
 
+def mean_interval(values: ArrayLike, resampling: Resampling, *, seed: int) -> Interval:
+    """The mean of `values` [rows] over the customers, a row each, with its interval."""
+    numbers = np.asarray(values, dtype=np.float64)
+    drawn = np.concatenate(
+        [w @ numbers for w in _weights(len(numbers), resampling.resamples, seed, None)]
+    ) / len(numbers)
+    low, high = np.percentile(drawn, _tails(resampling))
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def _tails(resampling: Resampling) -> tuple[float, float]:
+    return 50 * (1 - resampling.confidence), 50 * (1 + resampling.confidence)
+
+
 def _intervals(
     figures: Any, scored: Scored, resampling: Resampling, seed: int, customers: ArrayLike | None
 ) -> dict[str, Interval]:
@@ -198,7 +212,6 @@ def _intervals(
     for weights in _weights(rows, resampling.resamples, seed, customers):
         for name, values in figures(weights).items():
             parts[name].append(values)
-    tails = 50 * (1 - resampling.confidence), 50 * (1 + resampling.confidence)
     found = {}
     for name, value in whole.items():
         drawn = np.concatenate(parts[name])
@@ -208,7 +221,7 @@ def _intervals(
         elif len(drawn) < 0.9 * resampling.resamples:
             found[name] = Interval(float(value[0]), None, None)
         else:
-            low, high = np.percentile(drawn, tails)
+            low, high = np.percentile(drawn, _tails(resampling))
             found[name] = Interval(float(value[0]), float(low), float(high))
     return found
 

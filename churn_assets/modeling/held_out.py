@@ -21,11 +21,14 @@ from churn_assets.modeling.bootstrap import (
     differences,
     intervals,
 )
+from churn_assets.modeling.costs import CostPolicy, ProfitCurve, profit_curve
 from churn_assets.modeling.metrics import (
     Evaluation,
+    Scores,
     evaluate,
     fit_recency,
     permutation_importance,
+    score,
 )
 from churn_assets.modeling.onnx_export import predict_onnx
 from churn_assets.modeling.rows import RECENCY, feature_matrix, outcomes, rows_of
@@ -73,6 +76,7 @@ class Judged:
 
     intervals: every figure of the model with its interval. against: log loss, AUC and Brier score
     of the model minus those of majority, recency and production, where they are, on the same rows.
+    at_offers: the model at the threshold of the cost matrix. profit: what offers would have earned.
     golden: (rows [n, features], P(churn) [n]) that a release carries to prove itself. requests:
     bodies of real customers, to ask the service. reference: the training rows of each feature.
     plots: PNG by name.
@@ -82,6 +86,8 @@ class Judged:
     intervals: dict[str, Interval]
     against: dict[str, dict[str, Interval]]
     segments: tuple[Segment, ...]
+    at_offers: Scores
+    profit: ProfitCurve
     golden: tuple[np.ndarray, np.ndarray]
     requests: list[dict[str, str | int | float]]
     reference: dict[str, np.ndarray]
@@ -102,6 +108,7 @@ def judge_held_out(
     threshold: float,
     seed: int,
     policy: EvaluationPolicy | None = None,
+    costs: CostPolicy | None = None,
 ) -> Judged:
     """Judge `onnx` on the rows of the test cutoff of `frame`.
 
@@ -112,7 +119,7 @@ def judge_held_out(
     production, when there is one that takes the same features.
     Raises UserError when the frame lacks a day or a column of the split.
     """
-    policy = policy or EvaluationPolicy()
+    policy, costs = policy or EvaluationPolicy(), costs or CostPolicy()
     test, train = rows_of(frame, [split.test]), rows_of(frame, fitted_on)
     x, y = feature_matrix(test, features), outcomes(test)
     p = predict_onnx(onnx, x)
@@ -140,6 +147,7 @@ def judge_held_out(
         others["production"] = Scored(y, predict_onnx(production, x), threshold=threshold)
     chosen = np.random.default_rng(seed).permutation(len(x))
     golden = np.sort(chosen[:GOLDEN_ROWS])
+    profit = profit_curve(y, p, costs, policy.resampling, seed=seed)
     return Judged(
         evaluation=evaluation,
         **_uncertainty(y, p, others, customers, threshold, policy.resampling, seed),
@@ -152,10 +160,13 @@ def judge_held_out(
             least_rows=policy.least_segment_rows,
             seed=seed,
         ),
+        at_offers=score(y, p, threshold=costs.threshold),
+        profit=profit,
         golden=(x[golden].astype(np.float64), p[golden]),
         requests=_bodies(test.iloc[chosen[:REQUEST_ROWS]], features),
         reference={name: train[name].to_numpy(dtype=np.float64) for name in features},
-        plots=_plots(evaluation, estimator, x, y, p, features, recency, threshold, seed),
+        plots=_plots(evaluation, estimator, x, y, p, features, recency, threshold, seed)
+        | {"profit": plots.profit_plot(profit)},
     )
 
 

@@ -130,6 +130,9 @@ def test_the_summary_has_every_figure(first_run: Run):
     for name, found in evidence["intervals"].items():
         assert found["value"] == pytest.approx(model[name])
         assert found["low"] < found["high"]
+    offers = evidence["offers"]
+    assert offers["offer_threshold"] == pytest.approx(10 / (120 * 0.3))
+    assert offers["offer_profit"] > max(0, offers["offer_profit_everyone"])
     assert {s["by"] for s in evidence["segments"]} == {"tenure", "value", "activity"}
     assert summary["gates"][1]["value"] == model["auc"]
     assert summary["registered"] == {"version": "1", "stage": "Staging"}

@@ -111,6 +111,8 @@ def test_a_good_model_shows_everything_it_was_asked(candidate: Candidate, judged
     assert recency.value == pytest.approx(
         judged.evaluation.model.auc - judged.evaluation.recency.auc
     )
+    assert record.metrics["offer_threshold"] == pytest.approx(10 / 36)
+    assert record.metrics["offer_accuracy"] != record.metrics["accuracy"]
     assert {segment.by for segment in record.segments} == {"tenure", "value", "activity"}
     again = msgspec.json.decode(msgspec.json.encode(record), type=EvaluationRecord)
     assert again == record

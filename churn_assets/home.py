@@ -82,6 +82,10 @@ class Home:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"
 
+    def model_card(self, version: str) -> Path:
+        """The folder of the card of a version."""
+        return self.reports / "models" / version
+
     @property
     def summary(self) -> Path:
         """What `make run` printed, for a machine."""

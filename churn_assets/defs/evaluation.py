@@ -22,10 +22,11 @@ from churn_assets.defs.training import split_of
 from churn_assets.lifecycle.incumbent import production_model
 from churn_assets.lifecycle.judgement import asked, judgement, look_at
 from churn_assets.lifecycle.ledger import record_look
+from churn_assets.lifecycle.model_card import Evidence, write_card
 from churn_assets.lifecycle.records import ModelRecord
 from churn_assets.lifecycle.release import build_release, reference_statistics
 from churn_assets.lifecycle.serving import measure_release
-from churn_assets.lifecycle.tracking import load_onnx, load_sklearn, log_evaluation
+from churn_assets.lifecycle.tracking import load_onnx, load_sklearn, log_card, log_evaluation
 from churn_assets.modeling.held_out import judge_held_out
 from churn_assets.modeling.onnx_export import session_latency
 
@@ -122,9 +123,16 @@ def evaluation_report(
     )
     with tempfile.TemporaryDirectory() as folder:
         log_evaluation(client, record, judged.plots, Path(folder))
+    card = write_card(
+        project.home.model_card(trained_model.version),
+        Evidence(record, project.about_model(trained_model.mlflow_run)),
+        judged.plots,
+    )
+    log_card(client, trained_model.mlflow_run, card)
     return dg.MaterializeResult(
         value=record,
         metadata={
+            "model_card": dg.MetadataValue.url(project.report_url(card.page)),
             "verdict": "passed" if record.passed else "refused",
             "version": trained_model.version,
             "gates": gates_table(record.gates),

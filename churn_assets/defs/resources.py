@@ -24,6 +24,7 @@ from churn_assets.data.windows import labelled_partition, partition_of_cutoff
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
+from churn_assets.lifecycle.model_card import About
 from churn_assets.settings import Settings
 from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
@@ -153,6 +154,26 @@ class Project:
     def report_url(self, path: Path) -> str:
         """Where `make up` serves a page of the home's reports."""
         return f"{REPORTS.url}{path.relative_to(self.home.reports).as_posix()}"
+
+    def about_model(self, mlflow_run: str) -> About:
+        """What a model card needs to know of the settings and of the run."""
+        settings = self.settings
+        tags = self.mlflow_client().get_run(mlflow_run).data.tags
+        dirty = ", changed" if tags.get("git_dirty") == "true" else ""
+        return About(
+            team=settings.team,
+            use_case=settings.use_case,
+            source=settings.describe_source(),
+            activity_days=settings.windows.activity_days,
+            horizon_days=settings.windows.horizon_days,
+            decision_threshold=settings.training.decision_threshold,
+            confidence=settings.evaluation.confidence,
+            offer=settings.costs.offer,
+            customer_value=settings.costs.customer_value,
+            success_rate=settings.costs.success_rate,
+            mlflow_url=self.mlflow_run_url(mlflow_run),
+            commit=f"{tags.get('git_commit', 'unknown')}{dirty}",
+        )
 
     def mlflow_client(self) -> MlflowClient:
         """A client of this home's tracking and registry store."""

@@ -8,6 +8,7 @@ import msgspec
 
 from churn_assets.lifecycle.ledger import Use
 from churn_assets.modeling.bootstrap import Interval, interval_text
+from churn_assets.modeling.calibration import Calibration
 from churn_assets.modeling.costs import ProfitCurve
 from churn_assets.modeling.segments import Segment
 
@@ -22,6 +23,30 @@ class TrainingSetRecord(msgspec.Struct, frozen=True):
     train: tuple[date, ...]
     calibration: date
     test: date
+
+
+class FoldLine(msgspec.Struct, frozen=True):
+    """The chosen candidate at one origin of the backtest. Days are feature days."""
+
+    judged: date
+    calibrated: date | None
+    trained_first: date
+    trained_last: date
+    rows: int
+    log_loss: float
+    auc: float | None
+    recency_auc: float | None
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """How a model was chosen: why, among how many candidates, and what the backtest showed."""
+
+    reason: str
+    candidates: int
+    folds_wanted: int
+    params: dict[str, str | int | float | bool | None]
+    backtest: tuple[FoldLine, ...]
+    calibration: Calibration
 
 
 class ModelRecord(msgspec.Struct, frozen=True):
@@ -40,6 +65,7 @@ class ModelRecord(msgspec.Struct, frozen=True):
     fitted_on: tuple[date, ...]
     parity_max_difference: float | None
     training_set: TrainingSetRecord
+    choice: Choice | None = None
 
 
 class GateRecord(msgspec.Struct, frozen=True):

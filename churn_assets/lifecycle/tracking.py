@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from churn_assets.lifecycle.experiments import environment_tags, installed_packages
-from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
+from churn_assets.lifecycle.records import (
+    Choice,
+    EvaluationRecord,
+    FoldLine,
+    ModelRecord,
+    TrainingSetRecord,
+)
 from churn_assets.lifecycle.registry import register_version
 from churn_assets.modeling.training import best_of_families
 
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
+    from churn_assets.lifecycle.model_card import Card
     from churn_assets.modeling.onnx_export import Parity
     from churn_assets.modeling.training import TrainedModel
 
@@ -138,6 +145,30 @@ def log_trained_model(
         fitted_on=trained.fitted_on,
         parity_max_difference=parity.max_difference,
         training_set=training_set,
+        choice=_choice(trained),
+    )
+
+
+def _choice(trained: TrainedModel) -> Choice:
+    return Choice(
+        reason=trained.reason,
+        candidates=len(trained.candidates),
+        folds_wanted=trained.folds_wanted,
+        params=trained.params,
+        backtest=tuple(
+            FoldLine(
+                judged=result.fold.judged,
+                calibrated=result.fold.calibration,
+                trained_first=result.fold.train[0],
+                trained_last=result.fold.train[-1],
+                rows=result.scores.rows,
+                log_loss=result.scores.log_loss,
+                auc=result.scores.auc,
+                recency_auc=result.recency_auc,
+            )
+            for result in trained.chosen.folds
+        ),
+        calibration=trained.calibration,
     )
 
 
@@ -165,6 +196,13 @@ def log_evaluation(
     name, version = record.model.name, record.model.version
     client.set_model_version_tag(name, version, "gates", "refused" if refused else "passed")
     client.set_model_version_tag(name, version, "release_id", record.release_id)
+
+
+def log_card(client: MlflowClient, run_id: str, card: Card) -> None:
+    """Put a model card with its plots on the run that trained the model."""
+    for path in sorted(card.folder.iterdir()):
+        if path.suffix in (".html", ".md", ".png"):
+            client.log_artifact(run_id, str(path), "model_card")
 
 
 def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:

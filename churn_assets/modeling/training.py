@@ -98,6 +98,7 @@ class TrainedModel:
     calibration: Calibration
     candidates: tuple[CandidateResult, ...]
     selected_by: Criterion
+    folds_wanted: int
     fitted_on: tuple[date, ...]
     fitted_rows: int
     seed: int
@@ -131,6 +132,7 @@ class TrainedModel:
             "calibration": self.calibration.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "selected_by": self.selected_by,
+            "folds_wanted": self.folds_wanted,
             "reason": self.reason,
             "fitted_on": [day.isoformat() for day in self.fitted_on],
             "fitted_rows": self.fitted_rows,
@@ -223,6 +225,7 @@ def fit(
         calibration=line,
         candidates=tuple(results),
         selected_by=policy.select_by,
+        folds_wanted=policy.folds,
         fitted_on=split.train,
         fitted_rows=len(train.y),
         seed=seed,

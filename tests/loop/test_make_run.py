@@ -324,6 +324,58 @@ def test_versions_are_listed(first_run: Run):
     assert first_run.summary["data_hash"][:12] in line
 
 
+def test_a_prediction_leads_back_to_its_data(first_run: Run):
+    summary = first_run.summary
+    version = summary["prediction"]["response"]["model_version"]
+    told = asked(first_run.home, "lineage", version)
+    (run,) = first_run.seen.mlflow
+    card = first_run.home / "reports" / "models" / version / "card.html"
+    for line in (
+        f"data         {summary['data_hash']}",
+        f"dagster run  {run.data.tags['dagster_run_id']}",
+        f"mlflow run   {run.info.run_id}  FINISHED",
+        f"version      churn {version}  ",
+        f"bento        {summary['bento']}  of release v1-",
+        f"held out     {LAST - timedelta(days=HORIZON)}, looked at ",
+        "version 1  None -> Staging  by pipeline",
+        f"model card   {card}",
+    ):
+        assert line in told, line
+    release = re.search(r"^release      (v1-\w+)$", told, re.MULTILINE)
+    assert release is not None
+    assert summary["bento"].startswith(f"churn:{release[1]}-")
+    with pytest.raises(UserError, match="no version 99 of churn"):
+        asked(first_run.home, "lineage", "99")
+
+
+def test_the_model_card_is_written_from_the_evidence(first_run: Run):
+    summary, evidence = first_run.summary, first_run.summary["evidence"]
+    folder = first_run.home / "reports" / "models" / "1"
+    card, page = ((folder / name).read_text() for name in ("card.md", "card.html"))
+    auc = evidence["intervals"]["auc"]
+    for said in (
+        "# churn, version 1",
+        "It passed every gate.",
+        f"| AUC | {auc['value']:.4f} ({auc['low']:.4f} to {auc['high']:.4f}) |",
+        summary["data_hash"],
+        summary["bento"],
+        "first time",
+        "## Limits",
+    ):
+        assert said in card, said
+    assert all(s["name"] in card for s in evidence["segments"])
+    assert page.count('src="data:image/png;base64,') == card.count("![") == 6
+    assert "<table>" in page
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    kept = {file.path for file in client.list_artifacts(run.info.run_id, "model_card")}
+    assert {"model_card/card.md", "model_card/card.html", "model_card/reliability.png"} <= kept
+    for asset in ("evaluation_report", "churn_bento"):
+        event = first_run.seen.materialized[asset][1].asset_materialization
+        assert event.metadata["model_card"].value.endswith("/models/1/card.html")
+    logged = Path(run.info.artifact_uri.removeprefix("file://")) / "model_card" / "card.md"
+    assert logged.read_text() == card
+
+
 def test_a_training_set_comes_back_by_version_and_by_hash(first_run: Run, tmp_path: Path):
     data_hash, rows = (first_run.summary[name] for name in ("data_hash", "training_rows"))
     for number, chosen in enumerate((("--model-version", "1"), ("--hash", data_hash))):

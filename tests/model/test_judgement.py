@@ -18,14 +18,24 @@ from mlflow import MlflowClient
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.windows import Windows, cutoff_of
+from churn_assets.errors import UserError
+from churn_assets.lifecycle import history
 from churn_assets.lifecycle.experiments import ensure_experiment
-from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.incumbent import Incumbent, production_model
 from churn_assets.lifecycle.judgement import asked, judgement, look_at
 from churn_assets.lifecycle.ledger import Use, Window
+from churn_assets.lifecycle.model_card import (
+    About,
+    Evidence,
+    add_bento,
+    card_markdown,
+    limits_of,
+    write_card,
+)
 from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
 from churn_assets.lifecycle.registry import read_registry as read
 from churn_assets.lifecycle.registry import register_version, rollback_plan, transition
+from churn_assets.modeling.bootstrap import interval_text
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy, Judged, judge_held_out
 from churn_assets.modeling.onnx_export import export_onnx, session_latency
@@ -199,6 +209,71 @@ def test_the_session_is_timed_as_it_is_served(candidate: Candidate, frame: pd.Da
     assert 0 < found["session_p50_ms"] <= found["session_p95_ms"] <= found["session_p99_ms"]
 
 
+ABOUT = About(
+    team="growth",
+    use_case="customer churn",
+    source="own tables (orders)",
+    activity_days=90,
+    horizon_days=30,
+    decision_threshold=0.5,
+    confidence=0.95,
+    offer=10,
+    customer_value=120,
+    success_rate=0.3,
+    mlflow_url="http://127.0.0.1:5000/#/runs/m",
+    commit="abc, changed",
+)
+
+
+def test_the_card_says_what_the_evidence_says(
+    candidate: Candidate, judged: Judged, tmp_path: Path
+) -> None:
+    record = record_of(candidate, judged)
+    card = write_card(tmp_path / "7", Evidence(record, ABOUT), judged.plots)
+    page = card.page.read_text()
+    for text in (card.markdown, page):
+        assert "churn, version 7" in text
+        for name in ("auc", "log_loss", "calibration_error"):
+            assert interval_text(record.intervals[name]) in text
+        for segment in record.segments:
+            assert f"{segment.rows:,}" in text
+        assert "abc, changed" in text
+        assert "d" * 64 in text
+    assert page.count("base64,") == len(judged.plots)
+    assert "| bento | none yet |" in card.markdown
+    again = add_bento(tmp_path / "7", "churn:v7")
+    assert again is not None
+    assert "| bento | `churn:v7` |" in again.markdown
+    assert again.markdown.replace("`churn:v7`", "none yet") == card.markdown
+    assert again.page.read_text() != page
+    assert add_bento(tmp_path / "8", "churn:v7") is None
+    (tmp_path / "7" / "evidence.json").write_text("{")
+    with pytest.raises(UserError, match="evaluate the version again"):
+        add_bento(tmp_path / "7", "churn:v7")
+
+
+def test_the_card_hides_no_limit(candidate: Candidate, judged: Judged) -> None:
+    record = record_of(candidate, judged, Incumbent("3", None, (), "gone"), "gone")
+    used = Use(Window(candidate.trained.split.test, 30, 90), "r", 2, 1, ("6",))
+    small = tuple(
+        replace(segment, too_small="12 rows, fewer than 200") for segment in record.segments[:1]
+    )
+    limits = "\n".join(
+        limits_of(
+            Evidence(
+                msgspec.structs.replace(record, held_out_use=used, segments=small),
+                ABOUT,
+            )
+        )
+    )
+    assert "used for the 2nd time (before: version 6)" in limits
+    assert "Gate log_loss_over_production: no evidence: gone." in limits
+    assert "12 rows, fewer than 200" in limits
+    refused = card_markdown(Evidence(record, ABOUT))
+    assert "It **was refused by the gates**." in refused
+    assert "| log_loss_over_production | **no** | no evidence: gone |" in refused
+
+
 @dataclass(frozen=True)
 class Store:
     client: MlflowClient
@@ -232,8 +307,8 @@ def promoted(store: Store, content: bytes) -> str:
             client, "churn", model_uri=logged.model_uri, run_id=run.info.run_id, tags={}
         )
         for target, evidence in (
-            ("Staging", Evidence("gates", {"auc": 0.95})),
-            ("Production", Evidence("bootstrap", {"auc": 0.95})),
+            ("Staging", history.Evidence("gates", {"auc": 0.95})),
+            ("Production", history.Evidence("bootstrap", {"auc": 0.95})),
         ):
             transition(
                 client,

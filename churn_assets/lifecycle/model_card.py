@@ -364,6 +364,11 @@ def limits_of(evidence: Evidence) -> list[str]:
         )
     if chosen is not None and any(fold.calibrated is None for fold in chosen.backtest):
         found.append("The backtest was too short to calibrate within it.")
+    if chosen is not None and chosen.candidates < chosen.trials_wanted:
+        found.append(
+            f"The search ended by its time budget after {chosen.candidates} of "
+            f"{chosen.trials_wanted} trials."
+        )
     small = [f"{s.by}: {s.name} ({s.too_small})" for s in record.segments if s.too_small]
     if small:
         found.append(f"Too small to judge by: {'; '.join(small)}.")

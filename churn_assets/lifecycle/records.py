@@ -45,6 +45,7 @@ class Choice(msgspec.Struct, frozen=True):
     candidates: int
     folds_wanted: int
     params: dict[str, str | int | float | bool | None]
+    trials_wanted: int
     backtest: tuple[FoldLine, ...]
     calibration: Calibration
 

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from churn_assets.lifecycle.model_card import Card
+    from churn_assets.modeling.backtest import CandidateResult
     from churn_assets.modeling.onnx_export import Parity
     from churn_assets.modeling.training import TrainedModel
+
+PARENT_TAG = "mlflow.parentRunId"
+_OF_TRIALS = ("log_loss", "auc", "accuracy", "brier")
 
 # skops refuses these unless they are named: their files hold node indices that scikit-learn
 # follows without a bounds check. They are trusted because this run has just trained them.
@@ -91,6 +95,7 @@ def log_trained_model(
             "selected_by": trained.selected_by,
             "seed": trained.seed,
             "fitted_rows": trained.fitted_rows,
+            "trials": trained.trials,
             **{f"model_{key}": value for key, value in trained.params.items()},
         }
     )
@@ -152,7 +157,8 @@ def log_trained_model(
 def _choice(trained: TrainedModel) -> Choice:
     return Choice(
         reason=trained.reason,
-        candidates=len(trained.candidates),
+        candidates=trained.trials,
+        trials_wanted=trained.trials_wanted,
         folds_wanted=trained.folds_wanted,
         params=trained.params,
         backtest=tuple(
@@ -170,6 +176,50 @@ def _choice(trained: TrainedModel) -> Choice:
         ),
         calibration=trained.calibration,
     )
+
+
+class TrialLog:
+    """Logs each trial of a search as a run of its own, nested in the run of the training.
+
+    They carry no Dagster run's tag: that one names the run of the training alone.
+    """
+
+    def __init__(self, client: MlflowClient, parent: str) -> None:
+        self._client = client
+        self._parent = parent
+        self._experiment = client.get_run(parent).info.experiment_id
+        self._begun = int(time.time() * 1000)
+
+    def __call__(self, number: int, candidate: CandidateResult) -> None:
+        """Log trial `number`, counted from 0, which has just ended."""
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        run = self._client.create_run(
+            self._experiment,
+            start_time=self._begun,
+            run_name=f"trial {number + 1} {candidate.family}",
+            tags={
+                PARENT_TAG: self._parent,
+                "family": candidate.family,
+                "given_up": str(candidate.pruned).lower(),
+            },
+        ).info.run_id
+        figures = {name: candidate.figure(name) for name in _OF_TRIALS}
+        self._client.log_batch(
+            run,
+            metrics=[
+                *(Metric(name, value, now, 0) for name, value in figures.items()),
+                *(
+                    Metric(f"fold_{name}", getattr(result.scores, name), now, step)
+                    for step, result in enumerate(candidate.folds)
+                    for name in _OF_TRIALS
+                ),
+            ],
+            params=[Param(name, str(value)) for name, value in candidate.params.items()],
+        )
+        self._client.set_terminated(run, end_time=now)
+        self._begun = now
 
 
 def log_evaluation(

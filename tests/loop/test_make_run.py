@@ -236,6 +236,25 @@ def test_mlflow_tracks_all_of_a_training(first_run: Run):
     assert metrics["onnx_parity_max_difference"] <= 1e-5
 
 
+def test_every_trial_of_the_search_is_a_run_nested_in_the_training(first_run: Run):
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    nested = [
+        trial
+        for trial in client.search_runs([run.info.experiment_id])
+        if trial.data.tags.get("mlflow.parentRunId") == run.info.run_id
+    ]
+    assert len(nested) == int(run.data.params["trials"]) == 12
+    assert {trial.info.status for trial in nested} == {"FINISHED"}
+    assert all("dagster_run_id" not in trial.data.tags for trial in nested)
+    best = min(
+        (trial for trial in nested if trial.data.tags["given_up"] == "false"),
+        key=lambda trial: trial.data.metrics["log_loss"],
+    )
+    assert best.data.tags["family"] == run.data.params["family"]
+    for name, value in best.data.params.items():
+        assert run.data.params[f"model_{name}"] == value
+
+
 def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
     client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
     kept = {

@@ -33,7 +33,9 @@ from churn_assets.data.sources import (
 from churn_assets.data.validation import ValidationPolicy
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
+from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
+from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
 
@@ -132,6 +134,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     serving: ServingSettings = ServingSettings()
     feast: FeastSettings = FeastSettings()
     training: TrainingPolicy = TrainingPolicy()
+    evaluation: EvaluationPolicy = EvaluationPolicy()
+    costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()

@@ -188,6 +188,34 @@ def versions() -> None:
         )
 
 
+@cli.command()
+@click.option("--on", "day", help="What was in Production then: 2026-03-03, or 2026-03-03T14:00.")
+@click.option("--json", "as_json", is_flag=True, help="For a machine: a JSON list of steps.")
+def history(day: str | None, as_json: bool) -> None:
+    """What happened in the registry, or what was in Production, who put it there and on what."""
+    import msgspec
+
+    from churn_assets.lifecycle.history import in_production, moment
+    from churn_assets.lifecycle.registry import read_registry
+
+    then = moment(day) if day is not None else None
+    steps = read_registry(*_registry(Home.from_environment())).history
+    there = in_production(steps, then) if then is not None else []
+    if as_json:
+        shown = steps if then is None else [tenure.step for tenure in there]
+        click.echo(msgspec.json.encode(shown))
+    elif then is None:
+        for step in steps:
+            click.echo(step.line())
+        if not steps:
+            click.echo("nothing has happened yet; `make run` trains a first version")
+    else:
+        for tenure in there:
+            click.echo("\n".join(tenure.lines()))
+        if not there:
+            click.echo(f"nothing was in Production on {day}")
+
+
 def _registry(home: Home) -> tuple[MlflowClient, str]:
     from churn_assets.settings import load_settings
 

@@ -31,6 +31,7 @@ defs = dg.Definitions(
         training.trained_model,
         evaluation.evaluation_report,
         registry.registered_model,
+        registry.registry_history,
         serving.churn_bento,
         monitoring.drift_report,
     ],

@@ -19,7 +19,11 @@ daily_refresh = dg.define_asset_job(
 training = dg.define_asset_job(
     "training",
     selection=dg.AssetSelection.assets(
-        "training_set", "trained_model", "evaluation_report", "registered_model"
+        "training_set",
+        "trained_model",
+        "evaluation_report",
+        "registered_model",
+        "registry_history",
     ),
     tags=EXCLUSIVE,
     description="Train on what has matured, judge once, and register what passes the gates.",

@@ -1,12 +1,13 @@
-"""Registry: a version that passed every gate goes to Staging, with the evaluation as evidence."""
+"""Registry: a version that passed every gate goes to Staging; what happened to every version."""
 
 import dagster as dg
 
+from churn_assets.defs.metadata import steps_table, tenures_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
-from churn_assets.lifecycle.history import Evidence
-from churn_assets.lifecycle.records import EvaluationRecord, RegisteredModel
-from churn_assets.lifecycle.registry import PIPELINE, transition
+from churn_assets.lifecycle.history import Evidence, tenures
+from churn_assets.lifecycle.records import EvaluationRecord, HistoryRecord, RegisteredModel
+from churn_assets.lifecycle.registry import PIPELINE, finish_pending, read_registry, transition
 
 
 @dg.asset(group_name="registry", kinds={"mlflow"}, owners=[f"team:{SETTINGS.team}"])
@@ -45,4 +46,44 @@ def registered_model(
             "evidence": step.evidence.line(),
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(model.mlflow_run)),
         },
+    )
+
+
+@dg.asset(
+    group_name="registry",
+    kinds={"mlflow"},
+    owners=[f"team:{SETTINGS.team}"],
+    deps=["registered_model"],
+    check_specs=[
+        dg.AssetCheckSpec(
+            "registry_consistent",
+            asset="registry_history",
+            description="Tags, aliases and history say the same of every version.",
+        )
+    ],
+)
+def registry_history(context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]):
+    """Every transition there was: who made it, when, why, and on what evidence.
+
+    A step that a killed caller left unfinished is finished first.
+    """
+    client = project.mlflow_client()
+    finish_pending(client, SETTINGS.model_name)
+    registry = read_registry(client, SETTINGS.model_name)
+    faults = registry.faults()
+    return dg.MaterializeResult(
+        value=HistoryRecord(SETTINGS.model_name, registry.production, registry.history),
+        metadata={
+            "production": registry.production or "none",
+            "steps": len(registry.history),
+            "history": steps_table(registry.history),
+            "in_production": tenures_table(tenures(registry.history)),
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="registry_consistent",
+                passed=not faults,
+                description="; ".join(faults) or "tags, aliases and history agree",
+            )
+        ],
     )

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from churn_assets.errors import UserError
+
 Stage = Literal["None", "Staging", "Production", "Archived", "Deleted"]
 
 # gates: what let a version into Staging. bootstrap, trial, paired_replay: what may put one into
@@ -111,6 +113,22 @@ class Tenure:
     until: datetime | None
     step: Step
 
+    def lines(self) -> list[str]:
+        """What was there, who put it there and on what, for a person."""
+        step = self.step
+        until = f"until {self.until:%Y-%m-%d %H:%M:%S} UTC" if self.until else "(UTC) and still"
+        told = [
+            f"version {self.version} in Production since {self.since:%Y-%m-%d %H:%M:%S}, {until}",
+            f"  from      {step.source}",
+            f"  put there {step.who}: {step.why}",
+            f"  evidence  {step.evidence.line()}",
+        ]
+        if step.plan:
+            told.append(f"  way back  {step.plan.how}")
+        if step.decision:
+            told.append(f"  decision  {step.decision}")
+        return told
+
 
 def tenures(history: Sequence[Step]) -> list[Tenure]:
     """Every time a version was in Production, oldest first."""
@@ -131,6 +149,19 @@ def in_production(history: Sequence[Step], on: date | datetime) -> list[Tenure]:
         for tenure in tenures(history)
         if tenure.since < end and (tenure.until is None or tenure.until > first)
     ]
+
+
+def moment(text: str) -> date | datetime:
+    """A day, or a moment (UTC unless it says otherwise). Raises UserError for anything else."""
+    try:
+        if len(text) <= len("2026-03-03"):
+            return date.fromisoformat(text)
+        told = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            f"{text!r} is no day; give one such as 2026-03-03, or a moment, 2026-03-03T14:00"
+        ) from None
+    return told.replace(tzinfo=told.tzinfo or UTC).astimezone(UTC)
 
 
 def known_good(history: Sequence[Step]) -> list[str]:

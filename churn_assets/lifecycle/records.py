@@ -6,6 +6,8 @@ from datetime import date
 
 import msgspec
 
+from churn_assets.lifecycle.history import Step
+
 
 class TrainingSetRecord(msgspec.Struct, frozen=True):
     """Which training set a run assembled; the rows are in the lake under `data_hash`."""
@@ -70,6 +72,14 @@ class RegisteredModel(msgspec.Struct, frozen=True):
     stage: str
     release_dir: str
     release_id: str
+
+
+class HistoryRecord(msgspec.Struct, frozen=True):
+    """Everything that has happened to the versions of a registered model, oldest first."""
+
+    name: str
+    production: str | None
+    steps: tuple[Step, ...]
 
 
 class BentoRecord(msgspec.Struct, frozen=True):

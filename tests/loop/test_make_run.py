@@ -33,6 +33,7 @@ ASSETS = (
     "trained_model",
     "evaluation_report",
     "registered_model",
+    "registry_history",
     "churn_bento",
     "drift_report",
 )
@@ -50,6 +51,7 @@ CHECKS = {
     "evaluation_report.accuracy",
     "evaluation_report.auc",
     "evaluation_report.p95_latency_ms",
+    "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
 }

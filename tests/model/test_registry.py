@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +17,13 @@ from churn_assets.lifecycle.experiments import (
     installed_packages,
     reconcile,
 )
-from churn_assets.lifecycle.history import Evidence, RollbackPlan, Stage
+from churn_assets.lifecycle.history import (
+    Evidence,
+    RollbackPlan,
+    Stage,
+    in_production,
+    moment,
+)
 from churn_assets.lifecycle.registry import (
     INTENT_TAG,
     POLICY,
@@ -35,16 +40,6 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 GATES = Evidence("gates", {"auc": "auc 0.95 is at least 0.9"})
 BOOTSTRAP = Evidence("bootstrap", {"auc": 0.95})
 ROLLBACK = Evidence("rollback", {"reason": "it answers nonsense"})
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    folder = tmp_path_factory.mktemp("mlflow")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-        ensure_experiment(made, folder / "artifacts")
-    return made
 
 
 @dataclass
@@ -301,6 +296,41 @@ def test_a_clock_that_went_back_does_not_reorder_the_history(model: Model):
     model.promote()
     model.promote(now=NOW - timedelta(days=3))
     assert [step.at for step in model.read().history] == [NOW] * 4
+
+
+def at(day: str) -> datetime:
+    return datetime.fromisoformat(f"{day}T10:00+00:00")
+
+
+def test_what_was_in_production_on_a_day(model: Model):
+    first = model.promote(now=at("2026-03-01"), who="ada", why="the first")
+    second = model.promote(now=at("2026-03-03"), who="bob", why="better")
+    model.move(first, "Production", evidence=ROLLBACK, who="eve", why="worse", now=at("2026-03-05"))
+    history = model.read().history
+
+    def there(on: str) -> list[tuple[str, str]]:
+        return [(t.version, t.step.who) for t in in_production(history, moment(on))]
+
+    assert there("2026-02-28") == []
+    assert there("2026-03-01T09:59") == []
+    assert there("2026-03-01T10:00") == [(first, "ada")]
+    assert there("2026-03-02") == [(first, "ada")]
+    assert there("2026-03-03") == [(first, "ada"), (second, "bob")]
+    assert there("2026-03-03T10:00") == [(second, "bob")]
+    assert there("2026-03-03T12:00+03:00") == [(first, "ada")]
+    assert there("2026-03-04") == [(second, "bob")]
+    assert there("2027-01-01") == [(first, "eve")]
+    told = "\n".join(in_production(history, moment("2026-03-04"))[0].lines())
+    assert "since 2026-03-03 10:00:00, until 2026-03-05 10:00:00 UTC" in told
+    assert "bob: better" in told
+    assert f"paired_replay against version {first} on 100 rows: auc 0.95" in told
+    assert f"goes back to version {first}" in told
+
+
+@pytest.mark.parametrize("text", ["3 March", "2026-13-01", "2026-03-03T25:00", ""])
+def test_what_is_no_day_is_refused(text: str):
+    with pytest.raises(UserError, match="is no day; give one such as"):
+        moment(text)
 
 
 def test_a_registry_that_is_down_is_a_sentence(monkeypatch: pytest.MonkeyPatch):

@@ -107,14 +107,14 @@ def up() -> None:
 @cli.command()
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
-    """Serve the newest bento of this home; waits until there is one."""
-    from churn_assets.lifecycle.serving import OnlineStore, serve_newest
+    """Serve what is in Production, and what takes its place; waits until there is something."""
+    from churn_assets.lifecycle.serving import OnlineStore, serve_current
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
     location = settings.online_store.url or str(home.online_store)
-    serve_newest(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+    serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
 @cli.command("validate-data")
@@ -186,6 +186,39 @@ def versions() -> None:
             f"{line.registered_at:%Y-%m-%d %H:%M}  data {line.data_hash[:12]}  "
             f"run {line.mlflow_run}"
         )
+
+
+@cli.command()
+@click.option("--who", required=True, help="Your name.")
+@click.option("--why", required=True, help="Why it may serve.")
+@click.option("--model-version", help="The version to promote, when it is not the newest.")
+def approve(who: str, why: str, model_version: str | None) -> None:
+    """Put the version in Staging into Production."""
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    config = {"who": word.who, "why": word.why}
+    _act("approve_promotion", "promotion_decision", config, version=model_version)
+
+
+@cli.command()
+@click.option("--who", required=True, help="Your name.")
+@click.option("--why", required=True, help="What is wrong with the version in Production.")
+@click.option("--to", help="The version to go back to, when it is not the last known good one.")
+def rollback(who: str, why: str, to: str | None) -> None:
+    """Take the version in Production back."""
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    _act("rollback", "production_release", {"who": word.who, "why": word.why}, to=to)
+
+
+def _act(job: str, asset: str, config: dict[str, str], **more: str | None) -> None:
+    home = Home.from_environment()
+    _registry(home)
+    from churn_assets.defs.launch import act
+
+    act(home, job, asset, config | {name: value for name, value in more.items() if value})
 
 
 @cli.command()

@@ -31,6 +31,8 @@ defs = dg.Definitions(
         training.trained_model,
         evaluation.evaluation_report,
         registry.registered_model,
+        registry.promotion_decision,
+        registry.production_release,
         registry.registry_history,
         serving.churn_bento,
         monitoring.drift_report,

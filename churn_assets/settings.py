@@ -29,6 +29,7 @@ from churn_assets.data.sources import (
 )
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
+from churn_assets.lifecycle.promotion import PromotionPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
@@ -125,6 +126,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     feast: FeastSettings = FeastSettings()
     training: TrainingPolicy = TrainingPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
+    promotion: PromotionPolicy = PromotionPolicy()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
 

@@ -23,22 +23,51 @@ training = dg.define_asset_job(
         "trained_model",
         "evaluation_report",
         "registered_model",
+        "promotion_decision",
         "registry_history",
     ),
     tags=EXCLUSIVE,
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
-build_bento = dg.define_asset_job(
-    "build_bento",
-    selection=dg.AssetSelection.assets("churn_bento"),
-    # The sensor asks once a version, also when the run it asked for was stopped in the middle.
-    tags={"dagster/max_retries": "2"},
-    description="Package the version in Staging for serving.",
+# What brings a version into service; everything but the decision.
+_INTO_SERVICE = ("production_release", "churn_bento", "registry_history")
+_ONE_PROMOTION = {"churn/exclusive": "promotion"}
+# A person waits for these.
+_URGENT = {"dagster/priority": "10"}
+
+promotion = dg.define_asset_job(
+    "promotion",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
+    tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
+    description="Carry out the latest decision, and package what is in Production for serving.",
+)
+approve_promotion = dg.define_asset_job(
+    "approve_promotion",
+    selection=dg.AssetSelection.assets("promotion_decision", *_INTO_SERVICE),
+    config={"ops": {"promotion_decision": {"config": {"who": "", "why": ""}}}},
+    tags=_ONE_PROMOTION | _URGENT,
+    description=(
+        "A person puts the version in Staging into Production: who, why, and the version when it "
+        "is not the newest."
+    ),
+)
+# Nothing keeps it waiting: it belongs to no group of runs that go one after the other.
+rollback = dg.define_asset_job(
+    "rollback",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={"ops": {"production_release": {"config": {"who": "", "why": ""}}}},
+    tags=_URGENT,
+    description=(
+        "Take the version in Production back: who, why, and to which version when it is not the "
+        "last known good one."
+    ),
 )
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
+    tags={"churn/exclusive": "monitoring"},
     description="Compare the last seven days of features with what the model was trained on.",
 )
 
-JOBS = [daily_refresh, training, build_bento, drift]
+JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -39,7 +38,7 @@ class Evidence(msgspec.Struct, frozen=True):
         """The evidence in a line, for a person."""
         compared = f" against version {self.incumbent}" if self.incumbent else ""
         rows = f" on {self.rows:,} rows" if self.rows else ""
-        figures = ", ".join(f"{name} {_figure(value)}" for name, value in self.figures.items())
+        figures = ", ".join(_figure(name, value) for name, value in self.figures.items())
         return f"{self.kind}{compared}{rows}" + (f": {figures}" if figures else "")
 
 
@@ -116,7 +115,7 @@ class Tenure:
     def lines(self) -> list[str]:
         """What was there, who put it there and on what, for a person."""
         step = self.step
-        until = f"until {self.until:%Y-%m-%d %H:%M:%S} UTC" if self.until else "(UTC) and still"
+        until = f"until {self.until:%Y-%m-%d %H:%M:%S} UTC" if self.until else "still there"
         told = [
             f"version {self.version} in Production since {self.since:%Y-%m-%d %H:%M:%S}, {until}",
             f"  from      {step.source}",
@@ -186,7 +185,8 @@ def last_known_good(history: Sequence[Step]) -> str | None:
     return good[-2] if len(good) > 1 else None
 
 
-def _figure(value: float | str) -> str:
+def _figure(name: str, value: float | str) -> str:
     if isinstance(value, str):
-        return value
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
+        # A gate's reason begins with its name.
+        return value if value.startswith(name) else f"{name} {value}"
+    return f"{name} {value:.4g}"

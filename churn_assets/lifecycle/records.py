@@ -82,6 +82,20 @@ class HistoryRecord(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
 
 
+class ProductionRelease(msgspec.Struct, frozen=True):
+    """The version in Production with its proven release, and the step that put it there.
+
+    way_back: the version a rollback would go to.
+    """
+
+    name: str
+    version: str
+    release_dir: str
+    release_id: str
+    way_back: str | None
+    step: Step
+
+
 class BentoRecord(msgspec.Struct, frozen=True):
     """A built bento and one prediction it answered."""
 

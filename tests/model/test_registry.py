@@ -196,6 +196,7 @@ def compared(**changes: Any) -> Evidence:
         ({"evidence": compared(rows=0)}, "no figures or no rows"),
         ({"evidence": compared(rows=None)}, "no figures or no rows"),
         ({"evidence": compared(figures={})}, "no figures or no rows"),
+        ({"evidence": compared(figures={"auc": float("nan")})}, "auc is nan; measure it again"),
         ({"who": POLICY, "evidence": compared(passed=False)}, "does not pass the policy"),
         ({"plan": None}, "needs a rollback plan that goes back to version 1"),
         ({"plan": RollbackPlan(None, None, "hope")}, "goes back to version 1"),

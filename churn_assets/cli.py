@@ -68,10 +68,7 @@ def train(reason: str | None, url: str | None) -> None:
         dagster = RemoteDagster(url, os.environ.get("CHURN_DAGSTER_TOKEN"))
         week = week_of(datetime.now(UTC), settings.schedules.timezone)
         sys.exit(0 if dagster.train_for(week, reason, click.echo) == "SUCCESS" else 1)
-    home = Home.from_environment()
-    if not home.has_data():
-        raise UserError(f"there is no data in {home.root} yet; `make run` brings it in")
-    home.prepare()
+    home = _home_with_data()
     with home.exclusive():
         home.claim(settings.identity())
         from churn_assets.defs.launch import train as train_here
@@ -118,17 +115,43 @@ def serve(port: int) -> None:
 
 
 @cli.command("validate-data")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--min-rows", type=int, default=10_000, show_default=True)
-@click.option("--max-null-ratio", type=float, default=0.05, show_default=True)
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--min-rows", type=int, help="Default: 10000 for a FILE.")
+@click.option("--max-null-ratio", type=float, help="Default: 0.05 for a FILE.")
 @click.option(
     "--schema", type=click.Path(path_type=Path), help="JSON schema of `churn schema` to hold it to."
 )
-def validate_data(file: Path, min_rows: int, max_null_ratio: float, schema: Path | None) -> None:
-    """Judge a parquet or CSV file by the data gate; exits with 1 when it does not pass."""
-    from churn_assets.data.gate import validate_file
+def validate_data(
+    file: Path | None,
+    min_rows: int | None,
+    max_null_ratio: float | None,
+    schema: Path | None,
+) -> None:
+    """Judge a parquet or CSV file by the data gate; exits with 1 when it does not pass.
 
-    result = validate_file(file, min_rows, max_null_ratio, schema)
+    Without FILE, the rows that a training started now would have, by the limits of the settings.
+    """
+    if file is not None:
+        from churn_assets.data.gate import GatePolicy, validate_file
+
+        default = GatePolicy()
+        result = validate_file(
+            file,
+            default.min_rows if min_rows is None else min_rows,
+            default.max_null_ratio if max_null_ratio is None else max_null_ratio,
+            schema,
+        )
+    else:
+        if schema is not None or min_rows is not None or max_null_ratio is not None:
+            raise UserError(
+                "--schema, --min-rows and --max-null-ratio are for a FILE; without one, "
+                "data_gate in the settings holds"
+            )
+        home = _home_with_data()
+        from churn_assets.defs.resources import Project
+        from churn_assets.defs.training import judge_next_training_set
+
+        result = judge_next_training_set(Project.of(home))
     click.echo(result.reason)
     for name, value in result.figures.items():
         click.echo(f"  {name}: {value}")
@@ -247,6 +270,14 @@ def history(day: str | None, as_json: bool) -> None:
             click.echo("\n".join(tenure.lines()))
         if not there:
             click.echo(f"nothing was in Production on {day}")
+
+
+def _home_with_data() -> Home:
+    home = Home.from_environment()
+    if not home.has_data():
+        raise UserError(f"there is no data in {home.root} yet; `make run` brings it in")
+    home.prepare()
+    return home
 
 
 def _registry(home: Home) -> tuple[MlflowClient, str]:

@@ -15,18 +15,22 @@ import yaml
 
 from churn_assets.contract.features import features_for
 from churn_assets.contract.online import is_redis
+from churn_assets.data.engines import DuckDBSettings, Engine, SparkSettings
 from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.gate import GatePolicy
+from churn_assets.data.lake import spark_needs_a_folder
 from churn_assets.data.late import LatePolicy
 from churn_assets.data.mapping import check_timezone
 from churn_assets.data.sources import (
     ShopSourceConfig,
     SourceConfig,
+    fill_variables,
     resolve_paths,
     resolve_place,
     source_tables,
     without_passwords,
 )
+from churn_assets.data.validation import ValidationPolicy
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.promotion import PromotionPolicy
@@ -114,12 +118,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calendar: Calendar
     lake: str | None = None
     lake_endpoint_url: str | None = None
+    engine: Engine = "duckdb"
+    duckdb: DuckDBSettings = DuckDBSettings()
+    spark: SparkSettings = SparkSettings()
     team: str = "growth"
     use_case: str = "customer churn"
     model_name: str = "churn"
     seed: int = 42
     windows: Windows = Windows()
     late_events: LatePolicy = LatePolicy()
+    validation: ValidationPolicy = ValidationPolicy()
     data_gate: GatePolicy = GatePolicy()
     online_store: OnlineStoreSettings = OnlineStoreSettings()
     serving: ServingSettings = ServingSettings()
@@ -225,15 +233,25 @@ def load_settings(path: str | Path | None = None) -> Settings:
     def place(key: str, value: str | None) -> str | None:
         return resolve_place(value, base, os.environ, key) if value else None
 
-    online, feast = settings.online_store, settings.feast
+    def filled(key: str, value: Any) -> Any:
+        return fill_variables(value, os.environ, key) if isinstance(value, str) else value
+
+    online, feast, spark = settings.online_store, settings.feast, settings.spark
     settings = msgspec.structs.replace(
         settings,
         source=resolve_paths(settings.source, base, os.environ),
         lake=place("lake", settings.lake),
         lake_endpoint_url=place("lake_endpoint_url", settings.lake_endpoint_url),
+        spark=msgspec.structs.replace(
+            spark,
+            master=filled("spark.master", spark.master),
+            conf={name: filled(f"spark.conf.{name}", spark.conf[name]) for name in spark.conf},
+        ),
         online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
         feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
     )
+    if settings.engine == "spark" and settings.lake and "://" in settings.lake:
+        raise UserError(f"{chosen}: {spark_needs_a_folder(settings.lake)}")
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
+import ibis.expr.types as ir
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from churn_assets.contract.features import FEATURES, Feature
 from churn_assets.data.checks import CheckResult
 from churn_assets.data.mapping import ROW, sql_name, sql_text
+from churn_assets.data.pushdown import ColumnFigures, table_figures
 from churn_assets.data.readers import connect, find_files, format_of, load_files
 from churn_assets.data.schema import (
     Field,
@@ -111,13 +113,37 @@ def judge_schema(table: pa.Table, schema: TableSchema) -> CheckResult:
     Key columns must not be null; how many nulls the others may have is judge_nulls' question.
     Columns the schema does not name are listed and allowed.
     """
+    types = {field.name: field.type for field in table.schema}
+    figures = {
+        field.name: _column_figures(table[field.name], field)
+        for field in schema.fields
+        if field.name in types
+    }
+    return _schema_verdict(types, schema, figures, lambda: _repeated_keys(table, schema))
+
+
+def judge_schema_in_engine(rows: ir.Table, schema: TableSchema) -> CheckResult:
+    """`judge_schema` of a table that stays in its engine: the same verdict, from one scan."""
+    types = {field.name: field.type for field in rows.schema().to_pyarrow()}
+    found = table_figures(rows, schema)
+    verdict = _schema_verdict(types, schema, found.columns, lambda: found.repeated_keys)
+    return replace(verdict, figures={"rows": found.rows} | verdict.figures)
+
+
+def _schema_verdict(
+    types: Mapping[str, pa.DataType],
+    schema: TableSchema,
+    columns: Mapping[str, ColumnFigures],
+    repeated_keys: Callable[[], int],
+) -> CheckResult:
     problems = []
     for field in schema.fields:
-        if field.name not in table.column_names:
+        if field.name not in types:
             problems.append(f"{field.name} is missing")
             continue
-        problems += _column_problems(table[field.name], field, field.name in schema.primary_key)
-    others = [name for name in table.column_names if name not in {f.name for f in schema.fields}]
+        is_key = field.name in schema.primary_key
+        problems += _column_problems(types[field.name], columns[field.name], field, is_key)
+    others = [name for name in types if name not in {f.name for f in schema.fields}]
     figures: dict[str, float | int | str] = {
         "columns": len(schema.fields),
         "problems": len(problems),
@@ -125,9 +151,9 @@ def judge_schema(table: pa.Table, schema: TableSchema) -> CheckResult:
     if others:
         figures["other_columns"] = ", ".join(others)
     if not problems:
-        keys = _repeated_keys(table, schema.primary_key)
-        if keys:
-            problems.append(f"{keys:,} rows repeat the key {', '.join(schema.primary_key)}")
+        repeated = repeated_keys()
+        if repeated:
+            problems.append(f"{repeated:,} rows repeat the key {', '.join(schema.primary_key)}")
             figures["problems"] = 1
     if problems:
         return CheckResult(False, "; ".join(problems), figures)
@@ -234,37 +260,46 @@ _COMPATIBLE: dict[FieldType, frozenset[FieldType]] = {
 }
 
 
-def _column_problems(column: pa.ChunkedArray, field: Field, is_key: bool) -> list[str]:
-    stored = field_type(column.type)
-    if stored not in _COMPATIBLE.get(field.type, frozenset({field.type})):
-        return [f"{field.name} is {column.type}, not {field.type}"]
+def _column_figures(column: pa.ChunkedArray, field: Field) -> ColumnFigures:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    stored = field_type(column.type)
+    if stored in ("integer", "number"):
+        found = pc.min_max(column)
+        return ColumnFigures(column.null_count, found["min"].as_py(), found["max"].as_py())
+    if stored == "string":
+        return ColumnFigures(column.null_count, longest=pc.max(pc.binary_length(column)).as_py())
+    return ColumnFigures(column.null_count)
+
+
+def _column_problems(
+    stored: pa.DataType, figures: ColumnFigures, field: Field, is_key: bool
+) -> list[str]:
+    if field_type(stored) not in _COMPATIBLE.get(field.type, frozenset({field.type})):
+        return [f"{field.name} is {stored}, not {field.type}"]
     problems = []
-    if is_key and column.null_count:
-        problems.append(f"{field.name} is a key and null in {column.null_count:,} rows")
+    if is_key and figures.nulls:
+        problems.append(f"{field.name} is a key and null in {figures.nulls:,} rows")
     limits = field.constraints
     if field.type in ("integer", "number"):
-        found = pc.min_max(column)
-        lowest, highest = found["min"].as_py(), found["max"].as_py()
+        lowest, highest = figures.lowest, figures.highest
         if limits.minimum is not None and lowest is not None and lowest < limits.minimum:
             problems.append(f"{field.name} goes down to {lowest}, below {limits.minimum}")
         if limits.maximum is not None and highest is not None and highest > limits.maximum:
             problems.append(f"{field.name} goes up to {highest}, above {limits.maximum}")
-    if field.type == "string" and limits.max_length is not None:
-        longest = pc.max(pc.binary_length(column)).as_py()
-        if longest is not None and longest > limits.max_length:
-            problems.append(f"{field.name} has {longest} bytes, more than {limits.max_length}")
+    longest, most = figures.longest, limits.max_length
+    if field.type == "string" and most is not None and longest is not None and longest > most:
+        problems.append(f"{field.name} has {longest} bytes, more than {most}")
     return problems
 
 
-def _repeated_keys(table: pa.Table, key: tuple[str, ...]) -> int:
-    if not key or not table.num_rows:
+def _repeated_keys(table: pa.Table, schema: TableSchema) -> int:
+    if not schema.primary_key or not table.num_rows:
         return 0
     connection = connect()
     try:
-        connection.register("judged", table.select(list(key)))
-        listed = ", ".join(sql_name(name) for name in key)
+        connection.register("judged", table.select(list(schema.primary_key)))
+        listed = ", ".join(sql_name(name) for name in schema.primary_key)
         distinct = f"SELECT count(*) FROM (SELECT DISTINCT {listed} FROM judged)"
         return table.num_rows - connection.execute(distinct).fetchall()[0][0]
     finally:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -38,9 +38,13 @@ from ibis.backends.duckdb import Backend as DuckDBBackend
 
 from churn_assets.data.contents import content_hash
 from churn_assets.data.day_files import DAY, DayFiles
+from churn_assets.data.results import is_spark
 from churn_assets.data.tables import RAW_TABLES
 from churn_assets.data.windows import days_between
 from churn_assets.errors import UserError
+
+if TYPE_CHECKING:
+    from ibis.backends.pyspark import Backend as SparkBackend
 
 _FILE = "part-0.parquet"
 _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$")
@@ -151,11 +155,13 @@ class Lake:
         """The rows of [first, last] (all there are, without bounds) with their `day`, unread.
 
         Only the files of those days are opened, or of `days` when given instead. `con` is an Ibis
-        DuckDB connection.
-        Raises UserError when `strict` and a day of [first, last] is missing, or when nothing is
-        there and the schema is unknown.
+        connection of one of the engines (data/engines.py).
+        Raises UserError when `strict` and a day of [first, last] is missing, when nothing is there
+        and the schema is unknown, or for Spark and a lake that is not a folder.
         """
         days = self._wanted(table, first, last, days, strict=strict)
+        if is_spark(con):
+            return self._scan_by_spark(con, table, days)
         if days:
             duckdb = cast(DuckDBBackend, con)
             if self.on_disk:
@@ -168,8 +174,18 @@ class Lake:
             return duckdb.table(name)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
-        schema = RAW_TABLES[table].schema.append(pa.field(DAY, pa.date32()))
-        return ibis.memtable(schema.empty_table())
+        return ibis.memtable(_with_day(RAW_TABLES[table].schema).empty_table())
+
+    def _scan_by_spark(self, con: BaseBackend, table: str, days: Sequence[date]) -> ir.Table:
+        from churn_assets.data.spark import scan
+
+        if not self.on_disk:
+            raise spark_needs_a_folder(self.root)
+        if not days and table not in RAW_TABLES:
+            raise _nothing_there(table)
+        paths = [self.path(table, day) for day in days]
+        schema = pq.read_schema(paths[0]) if paths else RAW_TABLES[table].schema
+        return scan(cast("SparkBackend", con), f"{self.base}/{table}", paths, _with_day(schema))
 
     def read(
         self,
@@ -563,6 +579,18 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
             "lake_endpoint_url or AWS_ENDPOINT_URL, and that the store is up"
         )
     return None
+
+
+def spark_needs_a_folder(root: str) -> UserError:
+    """What to do about a lake that Spark cannot read."""
+    return UserError(
+        f"engine: spark cannot read the lake {root}; set lake to a folder that every machine of "
+        "the cluster has at the same path, or engine: duckdb, which reads object stores"
+    )
+
+
+def _with_day(schema: pa.Schema) -> pa.Schema:
+    return schema.append(pa.field(DAY, pa.date32()))
 
 
 def _sha256(path: str) -> str | None:

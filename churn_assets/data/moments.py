@@ -9,6 +9,8 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
+from churn_assets.data.results import is_spark
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INSTANT = dt.Timestamp(timezone="UTC")
 
@@ -31,4 +33,4 @@ def epoch_microseconds(moment: datetime | ir.Value) -> Any:
     """Microseconds since 1970-01-01 UTC of an aware datetime, or of a timestamp expression."""
     if isinstance(moment, datetime):
         return (moment - _EPOCH) // timedelta(microseconds=1)
-    return _spark(moment) if moment.get_backend().name == "pyspark" else _duckdb(moment)
+    return _spark(moment) if is_spark(moment.get_backend()) else _duckdb(moment)

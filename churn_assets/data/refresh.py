@@ -18,7 +18,7 @@ from churn_assets.data.features import (
     require_look_back,
     scan_look_back,
 )
-from churn_assets.data.gate import judge_schema
+from churn_assets.data.gate import judge_schema, judge_schema_in_engine
 from churn_assets.data.labels import churn_labels, label_window_complete, scan_label_inputs
 from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.late import (
@@ -30,19 +30,20 @@ from churn_assets.data.late import (
 )
 from churn_assets.data.quarantine import store_quarantine
 from churn_assets.data.ranges import customer_ranges
-from churn_assets.data.results import to_arrow
+from churn_assets.data.results import is_spark, to_arrow
 from churn_assets.data.schema import features_schema
 from churn_assets.data.sources import Source
 from churn_assets.data.tables import RAW_ORDER, RAW_TABLES
-from churn_assets.data.validation import validate_events, validate_features
+from churn_assets.data.validation import ValidationPolicy, validate_events, validate_features
 from churn_assets.data.versions import as_known, store_superseded
 from churn_assets.data.windows import Windows, days_between
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
 
 # A year of features of a mid-sized shop is some hundred megabytes in memory.
 CHUNK_DAYS = 366
+SPARK_LABEL_DAYS = 31
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def refresh_raw(
 
 def refresh_features(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     features: Sequence[Feature],
     tables: Sequence[str],
     first: date,
@@ -153,7 +154,7 @@ def refresh_features(
 
 def compute_features(
     lake: Lake,
-    con: DuckDBBackend,
+    con: BaseBackend,
     tables: Sequence[str],
     first: date,
     last: date,
@@ -174,23 +175,42 @@ def compute_features(
 
 
 def refresh_labels(
-    lake: Lake, con: DuckDBBackend, first: date, last: date, windows: Windows
+    lake: Lake, con: BaseBackend, first: date, last: date, windows: Windows
 ) -> Refreshed:
     """Compute the labels that mature with the days [first, last].
 
     Raises UserError when a feature partition or a day of a label window is missing.
     """
     notes = noted_changes(lake, LABELS_TABLE)
-    orders, population = scan_label_inputs(lake, con, first, last, windows)
-    labels = churn_labels(orders, population, first, last, windows)
-    rows = lake.write(LABELS_TABLE, first, last, labels, day_of=DAY, order_by=["customer_id"])
+    rows: dict[date, int] = {}
+    # DuckDB hands rows over as they are written; what Spark found comes at once.
+    days = SPARK_LABEL_DAYS if is_spark(con) else (last - first).days + 1
+    for start, end in chunks(first, last, days):
+        orders, population = scan_label_inputs(lake, con, start, end, windows)
+        labels = churn_labels(orders, population, start, end, windows)
+        rows |= lake.write(LABELS_TABLE, start, end, labels, day_of=DAY, order_by=["customer_id"])
     settle(lake, LABELS_TABLE, notes, first, last, windows)
     return Refreshed(rows, sum(rows.values()), 0, {}, lake.read(LABELS_TABLE, last, last))
 
 
-def check_feature_schema(lake: Lake, features: Sequence[Feature], day: date) -> CheckResult:
-    """Whether the partition `day` of the features has its columns, types and ranges."""
-    return judge_schema(lake.read("customer_features", day, day), features_schema(features))
+def check_feature_schema(
+    lake: Lake,
+    con: BaseBackend,
+    features: Sequence[Feature],
+    first: date,
+    last: date,
+    policy: ValidationPolicy,
+) -> CheckResult:
+    """Whether the feature partitions [first, last] have their columns, types and ranges.
+
+    In memory, or in the engine `con` when they have more rows than the policy wants in memory.
+    Raises UserError when one is missing.
+    """
+    schema = features_schema(features)
+    rows = sum(lake.row_counts(FEATURES_TABLE, first, last).values())
+    if rows <= policy.rows_in_memory:
+        return judge_schema(lake.read(FEATURES_TABLE, first, last), schema)
+    return judge_schema_in_engine(lake.scan(con, FEATURES_TABLE, first, last).drop(DAY), schema)
 
 
 def check_label_windows(lake: Lake, first: date, last: date, windows: Windows) -> CheckResult:

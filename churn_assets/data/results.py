@@ -10,13 +10,22 @@ from typing import cast
 import duckdb
 import ibis.expr.types as ir
 import pyarrow as pa
+from ibis.backends import BaseBackend
 from ibis.backends.duckdb import Backend as DuckDBBackend
 
 _BATCH_ROWS = 1_000_000
 
 
+def is_spark(engine: BaseBackend) -> bool:
+    """Whether `engine` is Spark; it is DuckDB otherwise."""
+    return engine.name == "pyspark"
+
+
 def stream(rows: ir.Table) -> Iterator[pa.RecordBatch]:
-    """The rows in batches, in their order, never all in memory here."""
+    """The rows in batches, in their order; of DuckDB never all in memory here."""
+    if is_spark(rows.get_backend()):
+        yield from to_arrow(rows).to_batches(_BATCH_ROWS)
+        return
     schema = rows.schema().to_pyarrow()
     with _computed(rows) as result:
         for batch in result.to_arrow_reader(_BATCH_ROWS):
@@ -24,7 +33,11 @@ def stream(rows: ir.Table) -> Iterator[pa.RecordBatch]:
 
 
 def to_arrow(rows: ir.Table) -> pa.Table:
-    """All the rows."""
+    """All the rows, in their order."""
+    if is_spark(rows.get_backend()):
+        from churn_assets.data.spark import collect
+
+        return collect(rows)
     schema = rows.schema().to_pyarrow()
     with _computed(rows) as result:
         return result.to_arrow_table().cast(schema)

@@ -6,7 +6,8 @@ it too. `required` says that a null is a fault of the row; the primary key is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ MAX_ID_LENGTH = 128
 """Longest identifier accepted, in UTF-8 bytes."""
 
 FieldType = Literal["string", "integer", "number", "boolean", "date", "datetime"]
+RuleKind = Literal["missing", "empty", "overlong", "below", "above"]
 Bound = int | float
 
 
@@ -65,12 +67,65 @@ class TableSchema(msgspec.Struct, frozen=True, rename="camel"):
         }
 
     @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What the values of a row must satisfy, in the order in which a fault is told."""
+        return tuple(rule for field in self.fields for rule in _rules(field, self.required))
+
+    @property
     def arrow(self) -> pa.Schema:
         """The same columns as the lake stores them."""
         required = self.required
         return pa.schema(
             [pa.field(f.name, _ARROW[f.type], nullable=f.name not in required) for f in self.fields]
         )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way for the value of a field to be at fault: beyond `limit`, for the kinds with one."""
+
+    field: Field
+    kind: RuleKind
+    limit: Bound | None = None
+
+    @property
+    def reason(self) -> str:
+        """The name of the fault."""
+        words = {
+            "missing": "missing",
+            "empty": "missing",
+            "overlong": "overlong",
+            "below": "negative" if self.limit == 0 else "too_small",
+            "above": "too_large",
+        }
+        return f"{words[self.kind]}_{self.field.name}"
+
+    @property
+    def detail(self) -> str:
+        """The fault in words."""
+        words = {
+            "missing": "is not given",
+            "empty": "is not given",
+            "overlong": f"is longer than {self.limit} bytes",
+            "below": f"is below {self.limit}",
+            "above": f"is above {self.limit}",
+        }
+        return f"{self.field.name} {words[self.kind]}"
+
+
+def _rules(field: Field, required: frozenset[str]) -> Iterator[Rule]:
+    limits = field.constraints
+    if field.name in required:
+        yield Rule(field, "missing")
+        if field.type == "string":
+            yield Rule(field, "empty")
+    if field.type == "string" and limits.max_length is not None:
+        yield Rule(field, "overlong", limits.max_length)
+    if field.type in ("integer", "number"):
+        if limits.minimum is not None:
+            yield Rule(field, "below", limits.minimum)
+        if limits.maximum is not None:
+            yield Rule(field, "above", limits.maximum)
 
 
 _ARROW: dict[FieldType, pa.DataType] = {

@@ -180,13 +180,7 @@ def _with_places(
 
 def resolve_place(place: str, base: Path, environment: Mapping[str, str], key: str) -> str:
     """A path or URL of the configuration's `key`, as `resolve_paths` does. Raises UserError."""
-
-    def value(found: re.Match[str]) -> str:
-        if not environment.get(found[1]):
-            raise UserError(f"{key} needs ${{{found[1]}}}; set that environment variable")
-        return environment[found[1]]
-
-    filled = re.sub(r"\$\{(\w+)\}", value, place)
+    filled = fill_variables(place, environment, key)
     base = Path.cwd() if place.startswith("${") else base
     scheme, separator, rest = filled.partition("://")
     if not separator:
@@ -194,6 +188,20 @@ def resolve_place(place: str, base: Path, environment: Mapping[str, str], key: s
     if scheme in _FILE_DATABASES:
         return f"{scheme}://{base / Path(rest).expanduser()}"
     return filled
+
+
+def fill_variables(text: str, environment: Mapping[str, str], key: str) -> str:
+    """`text`, of the configuration's `key`, with the variables it names as ${NAME} filled in.
+
+    Raises UserError naming one that is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if not environment.get(found[1]):
+            raise UserError(f"{key} needs ${{{found[1]}}}; set that environment variable")
+        return environment[found[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
 
 
 def check_files(config: SourceConfig) -> None:

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from churn_assets.contract.features import features_named
-from churn_assets.data.schema import Field, TableSchema, features_schema, table_schema
+from churn_assets.data.schema import Rule, RuleKind, TableSchema, features_schema, table_schema
 from churn_assets.data.tables import RawTable
 from churn_assets.data.windows import (
     midnight,
@@ -46,6 +47,18 @@ QUARANTINE_SCHEMA = pa.schema(
     ]
 )
 """Rows in quarantine: table, day (null when it cannot be told), the one reason, the row as JSON."""
+
+
+class ValidationPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """rows_in_memory: tables of more rows are validated in the engine (data/pushdown.py)."""
+
+    rows_in_memory: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if self.rows_in_memory < 0:
+            raise ValueError(
+                f"validation.rows_in_memory is {self.rows_in_memory}; give rows from 0 on"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,7 @@ def validate_events(
     reasons = _first_reasons(rows.num_rows, faults)
     duplicates = _duplicates(rows, (table.key,), reasons == 0, order="occurred_at")
     if duplicates is not None:
-        detail = f"{table.key} belongs to an earlier event"
-        faults.append(_Fault(f"duplicate_{table.key}", detail, duplicates))
+        faults.append(_Fault(*told_duplicate_event(table.key), duplicates))
         reasons[duplicates] = len(faults)
     return _part(table.name, rows, faults, reasons, day_of="occurred_at")
 
@@ -115,8 +127,7 @@ def validate_features(
     # After the rest, so that a row at fault does not cost a sound one with the same key its place.
     repeated = _duplicates(rows, schema.primary_key, reasons == 0)
     if repeated is not None:
-        detail = f"an earlier row has the same {', '.join(schema.primary_key)}"
-        faults.append(_Fault("duplicate_row", detail, repeated))
+        faults.append(_Fault(*told_duplicate_row(schema.primary_key), repeated))
         reasons[repeated] = len(faults)
     validated = _part(table, rows, faults, reasons, day_of="cutoff")
     if _suspect_cutoffs(validated.valid, schema) is not None:
@@ -157,29 +168,26 @@ def conform(name: str, rows: pa.Table, schema: pa.Schema, others: bool = False) 
 
 
 def _field_faults(rows: pa.Table, schema: TableSchema) -> Iterator[_Fault]:
-    """What breaks a field's constraints; rows are only looked at when the whole column tells so."""
-    required = schema.required
-    for field in schema.fields:
-        column = rows[field.name]
-        if field.name in required:
-            missing = missing_values(column)
-            if missing is not None:
-                yield _Fault(*_reason("missing", field), missing)
-        if field.type == "string":
-            lengths = pc.binary_length(column)
-            shortest, longest = _range(lengths)
-            if shortest == 0 and field.name in required:
-                yield _Fault(*_reason("missing", field), _mask(pc.equal(lengths, 0)))
-            limit = field.constraints.max_length
-            if limit is not None and longest is not None and longest > limit:
-                yield _Fault(*_reason("overlong", field), _mask(pc.greater(lengths, limit)))
-        elif field.type in ("integer", "number"):
-            lowest, highest = _range(column)
-            minimum, maximum = field.constraints.minimum, field.constraints.maximum
-            if minimum is not None and lowest is not None and lowest < minimum:
-                yield _Fault(*_reason("below", field), _mask(pc.less(column, minimum)))
-            if maximum is not None and highest is not None and highest > maximum:
-                yield _Fault(*_reason("above", field), _mask(pc.greater(column, maximum)))
+    """What breaks a field's rules; rows are only looked at when the whole column tells so."""
+    for rule in schema.rules:
+        broken = _broken(rows[rule.field.name], rule)
+        if broken is not None:
+            yield _Fault(rule.reason, rule.detail, broken)
+
+
+def _broken(column: pa.ChunkedArray, rule: Rule) -> np.ndarray | None:
+    """Which values break `rule` (bool, one a row); None when none does."""
+    if rule.kind == "missing":
+        return missing_values(column)
+    values = pc.binary_length(column) if rule.kind in ("empty", "overlong") else column
+    least, greatest = _range(values)
+    if least is None:
+        return None
+    if rule.kind == "empty":
+        return _mask(pc.equal(values, 0)) if least == 0 else None
+    if rule.kind == "below":
+        return _mask(pc.less(values, rule.limit)) if least < rule.limit else None
+    return _mask(pc.greater(values, rule.limit)) if greatest > rule.limit else None
 
 
 def missing_values(column: pa.ChunkedArray) -> np.ndarray | None:
@@ -190,17 +198,25 @@ def missing_values(column: pa.ChunkedArray) -> np.ndarray | None:
     return _mask(pc.is_null(column, nan_is_null=True))
 
 
-def _reason(kind: str, field: Field) -> tuple[str, str]:
-    """The name of a fault, and the fault in words."""
-    limits = field.constraints
-    if kind == "missing":
-        return f"missing_{field.name}", f"{field.name} is not given"
-    if kind == "overlong":
-        return f"overlong_{field.name}", f"{field.name} is longer than {limits.max_length} bytes"
-    if kind == "below":
-        word = "negative" if limits.minimum == 0 else "too_small"
-        return f"{word}_{field.name}", f"{field.name} is below {limits.minimum}"
-    return f"too_large_{field.name}", f"{field.name} is above {limits.maximum}"
+# Name and words of the faults that are not of a field's own rules.
+def told_future(column: str, now: datetime) -> tuple[str, str]:
+    """A time that was not yet."""
+    return f"future_{column}", f"{column} is after {now.isoformat()}"
+
+
+def told_outside(first: date | None, last: date | None) -> tuple[str, str]:
+    """An event of another day than those asked for."""
+    return "outside_partitions", f"occurred_at is not in {first} to {last}"
+
+
+def told_duplicate_event(key: str) -> tuple[str, str]:
+    """An event that shares its identifier."""
+    return f"duplicate_{key}", f"{key} belongs to an earlier event"
+
+
+def told_duplicate_row(keys: tuple[str, ...]) -> tuple[str, str]:
+    """A row of a table with a key, which an earlier row has."""
+    return "duplicate_row", f"an earlier row has the same {', '.join(keys)}"
 
 
 def _beyond(rows: pa.Table, column: str, now: datetime) -> list[_Fault]:
@@ -208,7 +224,7 @@ def _beyond(rows: pa.Table, column: str, now: datetime) -> list[_Fault]:
     if latest is None or latest <= now:
         return []
     after = _mask(pc.greater(rows[column], pa.scalar(now, rows[column].type)))
-    return [_Fault(f"future_{column}", f"{column} is after {now.isoformat()}", after)]
+    return [_Fault(*told_future(column, now), after)]
 
 
 def _outside(rows: pa.Table, first: date | None, last: date | None) -> list[_Fault]:
@@ -223,7 +239,7 @@ def _outside(rows: pa.Table, first: date | None, last: date | None) -> list[_Fau
             outside |= _mask(pc.greater_equal(moments, pa.scalar(end, moments.type)))
     if not outside.any():
         return []
-    return [_Fault("outside_partitions", f"occurred_at is not in {first} to {last}", outside)]
+    return [_Fault(*told_outside(first, last), outside)]
 
 
 def _duplicates(
@@ -288,7 +304,7 @@ def pandera_schema(schema: TableSchema) -> pandera.DataFrameSchema:
         limits, checks = field.constraints, []
         # `error` is what pandera's failure cases call the check.
         if field.type == "string" and field.name in schema.required:
-            checks.append(pandera.Check.str_length(min_value=1, error="missing"))
+            checks.append(pandera.Check.str_length(min_value=1, error="empty"))
         if (length := limits.max_length) is not None:
             in_bytes = partial(_fits, length=length)
             checks.append(pandera.Check(in_bytes, element_wise=True, error="overlong"))
@@ -303,6 +319,16 @@ def pandera_schema(schema: TableSchema) -> pandera.DataFrameSchema:
             description=field.description,
         )
     return pandera.DataFrameSchema(columns)
+
+
+# What pandera's failure cases call the check of a rule.
+_PANDERA_CHECKS: dict[RuleKind, str] = {
+    "missing": "not_nullable",
+    "empty": "empty",
+    "overlong": "overlong",
+    "below": "below",
+    "above": "above",
+}
 
 
 def _fits(text: str, length: int) -> bool:
@@ -336,18 +362,12 @@ def _pandera_faults(
     by_name = {(case.column, case.check): [] for case in cases.itertuples()}
     for case in cases.itertuples():
         by_name[(case.column, case.check)].append(int(case.index))
-    for field in schema.fields:
-        for kind, names in (
-            ("missing", ("not_nullable", "missing")),
-            ("overlong", ("overlong",)),
-            ("below", ("below",)),
-            ("above", ("above",)),
-        ):
-            found = [place for name in names for place in by_name.pop((field.name, name), ())]
-            if found:
-                mask = np.zeros(total, bool)
-                mask[places[found]] = True
-                faults.append(_Fault(*_reason(kind, field), mask))
+    for rule in schema.rules:
+        found = by_name.get((rule.field.name, _PANDERA_CHECKS[rule.kind]))
+        if found:
+            mask = np.zeros(total, bool)
+            mask[places[found]] = True
+            faults.append(_Fault(rule.reason, rule.detail, mask))
     return faults
 
 
@@ -365,21 +385,35 @@ def _part(
     bad = np.flatnonzero(reasons)
     if not len(bad):
         return Validated(rows, QUARANTINE_SCHEMA.empty_table())
-    refused = rows.take(pa.array(bad))
-    numbers = reasons[bad] - 1
+    told = [(fault.reason, fault.detail) for fault in faults]
+    quarantined = as_quarantined(table, rows.take(pa.array(bad)), reasons[bad] - 1, told, day_of)
+    return Validated(rows.filter(pa.array(reasons == 0)), quarantined)
+
+
+def as_quarantined(
+    table: str,
+    refused: pa.Table,
+    faults: np.ndarray,
+    told: Sequence[tuple[str, str]],
+    day_of: str,
+) -> pa.Table:
+    """Rows as quarantine keeps them: `faults` has the number of each row's fault in `told`.
+
+    told: reason and detail. day_of: `cutoff` or the column with the moment of an event.
+    """
     partition = partition_of_cutoff if day_of == "cutoff" else partition_of
     days = [None if moment is None else partition(moment) for moment in refused[day_of].to_pylist()]
-    quarantined = pa.table(
+    numbers = pa.array(faults)
+    return pa.table(
         {
-            "table": pa.repeat(table, len(bad)),
+            "table": pa.repeat(table, refused.num_rows),
             "day": pa.array(days, pa.date32()),
-            "reason": pa.array([fault.reason for fault in faults]).take(pa.array(numbers)),
-            "detail": pa.array([fault.detail for fault in faults]).take(pa.array(numbers)),
+            "reason": pa.array([reason for reason, _ in told], pa.string()).take(numbers),
+            "detail": pa.array([detail for _, detail in told], pa.string()).take(numbers),
             "row": pa.array([_as_json(row) for row in refused.to_pylist()], pa.string()),
         },
         schema=QUARANTINE_SCHEMA,
     )
-    return Validated(rows.filter(pa.array(reasons == 0)), quarantined)
 
 
 def _as_json(row: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def with_superseded(
         return events
     former = lake.scan(con, name, days=days)
     columns = [*RAW_TABLES[table].schema.names, SUPERSEDED_AT, DAY]
-    current = events.mutate(**{SUPERSEDED_AT: ibis.null("timestamp('UTC', 6)")})
+    current = events.mutate(**{SUPERSEDED_AT: ibis.null(former[SUPERSEDED_AT].type())})
     return ibis.union(current.select(columns), former.select(columns))
 
 

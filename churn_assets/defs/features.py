@@ -36,7 +36,7 @@ LOOK_BACK = {table: look_back_days(table, SETTINGS.windows) for table in SETTING
 
 @dg.asset(
     group_name="features",
-    kinds={"duckdb", "pandera", "parquet"},
+    kinds={SETTINGS.engine, "pandera", "parquet"},
     owners=OWNERS,
     partitions_def=DAILY,
     backfill_policy=dg.BackfillPolicy.single_run(),
@@ -90,6 +90,9 @@ def customer_features(
             SETTINGS.windows,
             data_start=SETTINGS.calendar.start,
         )
+        schema = check_feature_schema(
+            project.lake, con, FEATURES, first, last, project.settings.validation
+        )
     add_rows_per_day(context, done.rows)
     names = [feature.name for feature in FEATURES]
     newest = project.lake.read("customer_features", last, last)
@@ -105,7 +108,7 @@ def customer_features(
     return dg.MaterializeResult(
         metadata={"rows": sum(done.rows.values())} | quarantine_counts(done.quarantined),
         check_results=[
-            check_outcome(check_feature_schema(project.lake, FEATURES, last), name="schema"),
+            check_outcome(schema, name="schema"),
             check_outcome(judge_null_ratios(done.null_ratios, SETTINGS.data_gate), name="nulls"),
             check_outcome(_leakage(project, first, last), name="no_event_after_cutoff"),
         ],
@@ -129,7 +132,7 @@ def _leakage(project: Project, first: date, last: date) -> CheckResult:
 
 @dg.asset(
     group_name="features",
-    kinds={"duckdb", "parquet"},
+    kinds={SETTINGS.engine, "parquet"},
     owners=OWNERS,
     partitions_def=DAILY,
     backfill_policy=dg.BackfillPolicy.single_run(),

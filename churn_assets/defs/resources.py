@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
-import ibis
 import msgspec
 
 from churn_assets.contract.features import Feature, features_for
+from churn_assets.data.engines import open_duckdb, open_engine
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
@@ -27,7 +27,7 @@ from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
 
 if TYPE_CHECKING:
-    from ibis.backends.duckdb import Backend as DuckDBBackend
+    from ibis.backends import BaseBackend
     from mlflow import MlflowClient
 
     from churn_assets.modeling.held_out import Oracle
@@ -66,7 +66,7 @@ class Project:
             registry=self.settings.feast.registry or str(self.home.feast_registry),
             online=self.online_location,
             live=self.settings.is_live,
-            spill=str(self.home.root / "tmp"),
+            spill=str(self._spill),
             retention=timedelta(days=self.settings.online_store.retention_days),
         )
 
@@ -120,15 +120,18 @@ class Project:
         names = ["customer_id", *(feature.name for feature in self.features)]
         return {name: rows[0][name] for name in names} if rows else None
 
-    @contextmanager
-    def engine(self) -> Generator[DuckDBBackend]:
-        """A DuckDB connection for one asset, which spills to the home when memory runs out."""
-        spill = self.home.root / "tmp"
-        connection = ibis.duckdb.connect(temp_directory=str(spill))
-        try:
-            yield connection
-        finally:
-            connection.disconnect()
+    def engine(self) -> AbstractContextManager[BaseBackend]:
+        """The engine the settings ask for, for one asset; a JVM it started ends with the block."""
+        settings = self.settings
+        return open_engine(settings.engine, settings.duckdb, settings.spark, self._spill)
+
+    def local_engine(self) -> AbstractContextManager[BaseBackend]:
+        """DuckDB in this process, for what fits in memory anyway."""
+        return open_duckdb(self.settings.duckdb, self._spill)
+
+    @property
+    def _spill(self) -> Path:
+        return self.home.root / "tmp"
 
     def mlflow_run_url(self, run_id: str) -> str:
         """Where MLflow's UI shows a run under `make up`."""

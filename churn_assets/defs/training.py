@@ -6,6 +6,7 @@ import dagster as dg
 import msgspec
 import pyarrow.compute as pc
 
+from churn_assets.data.checks import CheckResult
 from churn_assets.data.gate import judge_data
 from churn_assets.data.leaks import check_training_rows
 from churn_assets.data.training_set import (
@@ -42,6 +43,26 @@ OWNERS = [f"team:{SETTINGS.team}"]
 def split_of(record: TrainingSetRecord) -> Split:
     """The split a training set was assembled for."""
     return Split(record.train, record.calibration, record.test, SETTINGS.windows.horizon_days)
+
+
+def next_split(project: Project) -> Split:
+    """The split that a training started now has. Raises UserError when there is too little data."""
+    return temporal_split(
+        project.labelled_days(),
+        SETTINGS.windows.horizon_days,
+        max_train_cutoffs=SETTINGS.training.max_train_cutoffs,
+    )
+
+
+def judge_next_training_set(project: Project) -> CheckResult:
+    """The data gate on the rows that a training started now would have."""
+    days = next_split(project).days
+    with project.local_engine() as con:
+        assembled = assemble_training_set(project.lake, con, days, SETTINGS.windows, FEATURES)
+    gate = judge_data(assembled.table, FEATURES, SETTINGS.data_gate)
+    if assembled.complete.passed:
+        return gate
+    return CheckResult(False, f"{assembled.complete.reason}; {gate.reason}", gate.figures)
 
 
 @dg.asset(
@@ -97,13 +118,9 @@ def training_set(
     The set is kept under its content hash, so that `churn training-set` can bring it back.
     """
     stop_unless_first(context.instance, context.run)
-    split = temporal_split(
-        project.labelled_days(),
-        SETTINGS.windows.horizon_days,
-        max_train_cutoffs=SETTINGS.training.max_train_cutoffs,
-    )
+    split = next_split(project)
     names = [feature.name for feature in FEATURES]
-    with project.engine() as con:
+    with project.local_engine() as con:
         assembled = assemble_training_set(
             project.lake,
             con,

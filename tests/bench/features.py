@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from ibis.backends.duckdb import Backend as DuckDBBackend
 
 from churn_assets.contract.features import FEATURES
+from churn_assets.data.engines import DuckDBSettings, open_duckdb
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.features import look_back_days, scan_look_back
 from churn_assets.data.lake import DAY, Lake
@@ -245,13 +246,9 @@ def _whole(found: pa.Table) -> int:
     return found.select([feature.name for feature in FEATURES]).drop_null().num_rows
 
 
-@contextmanager
-def _engine(lake: str) -> Generator[DuckDBBackend]:
-    con = ibis.duckdb.connect(temp_directory=f"{lake}/spill")
-    try:
-        yield con
-    finally:
-        con.disconnect()
+def _engine(lake: str) -> AbstractContextManager[DuckDBBackend]:
+    """With the limits it has by default."""
+    return open_duckdb(DuckDBSettings(), f"{lake}/spill")
 
 
 @contextmanager

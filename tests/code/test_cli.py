@@ -86,6 +86,8 @@ def test_the_data_gate_holds_a_file_to_an_exported_schema(churn, tmp_path):
     ("arguments", "told"),
     [
         (("validate-data", "gone.parquet"), "there is no file gone.parquet; check the path"),
+        (("validate-data", "--min-rows", 5), "are for a FILE; without one, data_gate in the sett"),
+        (("validate-data",), "there is no data in"),
         (("validate-data", "a.parquet", "--min-rows", 0), "min_rows is 0; set at least 1"),
         (("validate-data", "a.parquet", "--max-null-ratio", "nan"), "max_null_ratio is nan; set"),
         (("validate-data", "a.parquet", "--schema", "gone.json"), "gone.json"),

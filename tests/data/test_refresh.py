@@ -24,7 +24,7 @@ from churn_assets.data.refresh import (
     refresh_raw,
 )
 from churn_assets.data.sources import ShopSource, SourceRead
-from churn_assets.data.validation import QUARANTINE_SCHEMA
+from churn_assets.data.validation import QUARANTINE_SCHEMA, ValidationPolicy
 from churn_assets.data.windows import Windows
 from churn_assets.errors import UserError
 from churn_assets.simulator.params import ShopParams
@@ -189,7 +189,13 @@ def test_few_rows_are_one_range(lake: Lake):
 
 
 def test_the_checks_pass_on_what_was_computed(lake: Lake):
-    assert check_feature_schema(lake, FEATURES, LAST).passed
+    con = ibis.duckdb.connect()
+    for policy in (ValidationPolicy(), ValidationPolicy(rows_in_memory=100)):
+        schema = check_feature_schema(lake, con, FEATURES, FIRST_FEATURES, LAST, policy)
+        assert schema.passed, schema.reason
+        in_engine = sum(lake.row_counts("customer_features").values()) > policy.rows_in_memory
+        assert ("rows" in schema.figures) == in_engine
+    con.disconnect()
     assert check_label_windows(lake, FIRST_LABELS, LAST, WINDOWS).passed
     result = check_no_event_after_cutoff(lake, TABLES, FIRST_FEATURES, WINDOWS, data_start=START)
     assert result.passed, result.reason

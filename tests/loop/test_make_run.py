@@ -307,6 +307,14 @@ def test_the_week_of_a_run_is_done_and_nothing_trains_for_it_again(first_run: Ru
     assert run.data.tags["retrain_reason"].startswith("weekly training of ")
 
 
+def test_the_rows_of_the_next_training_are_judged_alone(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "validate-data")
+    rows = first_run.summary["training_rows"]
+    assert (done.code, f"  rows: {rows}\n" in done.out) == (0, True), done
+    assert "  min_rows: 5000\n" in done.out
+
+
 def test_versions_are_listed(first_run: Run):
     listed = asked(first_run.home, "versions")
     line = next(line for line in listed.splitlines() if line.split()[0] == "1")

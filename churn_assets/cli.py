@@ -236,6 +236,24 @@ def rollback(who: str, why: str, to: str | None) -> None:
     _act("rollback", "production_release", {"who": word.who, "why": word.why}, to=to)
 
 
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def clean(dry_run: bool) -> None:
+    """Remove versions archived for long enough, with their releases and bentos."""
+    from churn_assets.lifecycle import cleaning
+    from churn_assets.lifecycle.registry import read_registry
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    client, name = _registry(home)
+    policy, now = load_settings().registry, datetime.now(UTC)
+    if dry_run:
+        done = cleaning.plan_cleaning(read_registry(client, name), policy, home, now=now)
+    else:
+        done = cleaning.clean(client, name, policy, home, now=now)
+    click.echo("\n".join(done.lines()))
+
+
 def _act(job: str, asset: str, config: dict[str, str], **more: str | None) -> None:
     home = Home.from_environment()
     _registry(home)

@@ -3,6 +3,9 @@
 import dagster as dg
 
 from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.resources import Project
+from churn_assets.lifecycle.cleaning import clean, plan_cleaning
+from churn_assets.lifecycle.registry import read_registry
 
 # Two runs that train at once would judge themselves against the same incumbent. One that refreshes
 # data needs what the one before it wrote, so these wait for each other too, in order.
@@ -70,4 +73,43 @@ drift = dg.define_asset_job(
     description="Compare the last seven days of features with what the model was trained on.",
 )
 
-JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift]
+
+class Clean(dg.Config):
+    """dry_run: only say what would go."""
+
+    dry_run: bool = False
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def remove_old_versions(
+    context: dg.OpExecutionContext, config: Clean, project: dg.ResourceParam[Project]
+) -> None:
+    """Versions archived for long enough, with their releases and bentos; nothing in use."""
+    client, name, policy = project.mlflow_client(), SETTINGS.model_name, SETTINGS.registry
+    if config.dry_run:
+        cleaning = plan_cleaning(
+            read_registry(client, name), policy, project.home, now=project.now()
+        )
+    else:
+        cleaning = clean(client, name, policy, project.home, now=project.now())
+    for line in cleaning.lines():
+        context.log.info("%s%s", "would go: " if config.dry_run else "", line)
+    context.add_output_metadata(
+        {
+            "versions": ", ".join(cleaning.versions) or "none",
+            "directories": len(cleaning.files),
+            "kept": dict(cleaning.kept),
+        }
+    )
+
+
+@dg.job(
+    tags=_ONE_PROMOTION,
+    description="Remove versions archived for long enough, with their releases and bentos.",
+)
+def clean_archive() -> None:
+    """See the description."""
+    remove_old_versions()
+
+
+JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift, clean_archive]

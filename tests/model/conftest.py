@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from registry_cases import Model
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.windows import cutoff_of
@@ -67,6 +68,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[MlflowClient]:
             yield store_in(Path(folder))
     else:
         yield store_in(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture
+def model(client: MlflowClient, tmp_path: Path) -> Model:
+    run = client.create_run(ensure_experiment(client, tmp_path))
+    return Model(client, f"churn-{run.info.run_id[:8]}", run.info.run_id)
 
 
 def store_in(folder: Path) -> MlflowClient:

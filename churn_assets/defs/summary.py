@@ -13,11 +13,21 @@ from churn_assets.data.quarantine import read_quarantine
 from churn_assets.data.refresh import count_reasons
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.home import Home
+from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import BentoRecord, DriftRecord, EvaluationRecord
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.up import DAGSTER, MLFLOW
 
-COMPARED = ("auc", "accuracy", "brier", "log_loss", "f1")
+COMPARED = (
+    "auc",
+    "accuracy",
+    "brier",
+    "log_loss",
+    "f1",
+    "pr_auc",
+    "calibration_error",
+    "top_decile_lift",
+)
 
 
 def collect(
@@ -58,9 +68,19 @@ def collect(
                 for baseline in ("recency", "majority")
             },
         },
+        "evidence": {
+            "held_out": record.held_out_use.sentence if record.held_out_use else None,
+            "use": record.held_out_use.number if record.held_out_use else None,
+            "intervals": msgspec.to_builtins(record.intervals),
+            "model_minus": msgspec.to_builtins(record.against),
+            "segments": msgspec.to_builtins(record.segments),
+            "offers": {k: v for k, v in metrics.items() if k.startswith("offer_")},
+            "production": record.paired_replay.incumbent if record.paired_replay else None,
+        },
         "gates": [msgspec.to_builtins(gate) for gate in record.gates],
         "refused_by": dict(refused_by),
         "registered": {"version": model.version, "stage": registry.version(model.version).stage},
+        "promotion": None,
         "bento": None,
         "prediction": None,
         "drift": {
@@ -72,6 +92,10 @@ def collect(
         "seconds": dict(seconds),
     }
     if record.passed:
+        decided = read_record(project.home.records, "promotion_decision", run_id)
+        decision = msgspec.json.decode(decided, type=PromotionDecision)
+        summary["promotion"] = {"verdict": decision.verdict, "reasons": list(decision.reasons)}
+    if record.passed and registry.production is not None:
         bento = msgspec.json.decode(
             read_record(project.home.records, "churn_bento"), type=BentoRecord
         )
@@ -117,13 +141,31 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
     ]
     if model["oracle_auc"] is not None:
         shown.append(_scores("oracle (latent state)", {"auc": model["oracle_auc"]}))
-    shown.append("")
+    known = summary["evidence"]["intervals"]
+    ranges = ", ".join(
+        f"{title} {found['low']:.3f} to {found['high']:.3f}"
+        for name, title in (("auc", "AUC"), ("accuracy", "accuracy"), ("brier", "Brier"))
+        if (found := known[name])["low"] is not None
+    )
+    shown += [
+        f"  intervals   {ranges}",
+        f"  offers      {_offers(summary['evidence']['offers'])}",
+        f"  held out    {summary['evidence']['held_out']}",
+        "",
+    ]
     for gate in summary["gates"]:
         shown.append(f"  gate        {'passed ' if gate['passed'] else 'REFUSED'} {gate['reason']}")
     registered = summary["registered"]
     shown.append(f"  model       version {registered['version']}, stage {registered['stage']}")
-    if summary["prediction"] is None:
+    promotion = summary["promotion"]
+    if promotion is not None:
+        shown.append(f"  promotion   {promotion['verdict']}: {'; '.join(promotion['reasons'])}")
+        if promotion["verdict"] == "wait":
+            shown.append('              approve it: churn approve --who NAME --why "..."')
+    if promotion is None:
         shown.append("  bento       none: the gates refused the model, so nothing was promoted")
+    elif summary["prediction"] is None:
+        shown.append("  bento       none: nothing is in Production yet")
     else:
         prediction = summary["prediction"]
         request = dict(prediction["request"])
@@ -155,6 +197,14 @@ def _quarantined(by_table: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
         f"{table}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
         for table, counts in by_table.items()
+    )
+
+
+def _offers(found: Mapping[str, float]) -> str:
+    return (
+        f"above P = {found['offer_threshold']:.3f} (cost matrix) to {found['offer_share']:.0%} of "
+        f"customers: {found['offer_profit']:+.2f} a customer, to everyone "
+        f"{found['offer_profit_everyone']:+.2f}; accuracy there {found['offer_accuracy']:.4f}"
     )
 
 

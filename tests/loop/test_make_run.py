@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import warnings
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +33,20 @@ ASSETS = (
     "trained_model",
     "evaluation_report",
     "registered_model",
+    "promotion_decision",
+    "production_release",
+    "registry_history",
     "churn_bento",
     "drift_report",
+)
+GATES = (
+    "accuracy",
+    "auc",
+    "p95_latency_ms",
+    "calibration_error",
+    "segment_auc",
+    "auc_over_recency",
+    "log_loss_over_production",
 )
 CHECKS = {
     "customer_features.schema",
@@ -47,9 +59,8 @@ CHECKS = {
     "training_set.no_feature_too_good",
     "training_set.no_row_lost",
     "trained_model.onnx_parity",
-    "evaluation_report.accuracy",
-    "evaluation_report.auc",
-    "evaluation_report.p95_latency_ms",
+    *(f"evaluation_report.{name}" for name in GATES),
+    "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
 }
@@ -79,7 +90,8 @@ def test_a_run_says_what_a_person_wants_to_know(first_run: Run):
         "majority",
         "oracle (latent state)",
         "gate        passed  auc",
-        f"model       version {version}, stage Staging",
+        f"model       version {version}, stage Production",
+        "promotion   promote: there is nothing in Production to compare it with; ",
         f"bento       {bento}",
         f"churn_probability {summary['prediction']['response']['churn_probability']}, risk ",
         f"drift       {summary['drift']['verdict']}: ",
@@ -113,11 +125,23 @@ def test_the_summary_has_every_figure(first_run: Run):
         assert all(0 <= b[figure] <= 1 for b in model["baselines"].values())
     assert model["auc"] > model["baselines"]["recency"]["auc"] > 0.5
     assert model["brier"] < model["baselines"]["recency"]["brier"]
-    assert [g["name"] for g in summary["gates"]] == ["accuracy", "auc", "p95_latency_ms"]
+    assert [g["name"] for g in summary["gates"]] == list(GATES)
     assert all(g["passed"] and g["reason"] for g in summary["gates"])
-    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000]
+    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000, 0.05, 0.65, 0, 0]
+    evidence = summary["evidence"]
+    assert evidence["use"] == 1
+    assert evidence["production"] is None
+    assert set(evidence["model_minus"]) == {"majority", "recency"}
+    for name, found in evidence["intervals"].items():
+        assert found["value"] == pytest.approx(model[name])
+        assert found["low"] < found["high"]
+    offers = evidence["offers"]
+    assert offers["offer_threshold"] == pytest.approx(10 / (120 * 0.3))
+    assert offers["offer_profit"] > max(0, offers["offer_profit_everyone"])
+    assert {s["by"] for s in evidence["segments"]} == {"tenure", "value", "activity"}
     assert summary["gates"][1]["value"] == model["auc"]
-    assert summary["registered"] == {"version": "1", "stage": "Staging"}
+    assert summary["registered"] == {"version": "1", "stage": "Production"}
+    assert summary["promotion"]["verdict"] == "promote"
     prediction = summary["prediction"]
     assert set(prediction["request"]) == {"customer_id", *FEATURE_NAMES}
     assert prediction["response"]["model_version"] == "1"
@@ -159,7 +183,7 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.checks.values()) == {"SUCCEEDED"}
     assert seen.runs == [
         ("drift", "SUCCESS"),
-        ("build_bento", "SUCCESS"),
+        ("promotion", "SUCCESS"),
         ("training", "SUCCESS"),
         *[("daily_refresh", "SUCCESS")] * 4,
     ]
@@ -175,7 +199,9 @@ def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
     assert made_of("trained_model") == {"training_set": first_run.summary["data_hash"]}
     assert set(made_of("evaluation_report")) == {"trained_model"}
     assert set(made_of("registered_model")) == {"evaluation_report"}
-    assert set(made_of("churn_bento")) == {"registered_model"}
+    assert set(made_of("promotion_decision")) == {"registered_model"}
+    assert set(made_of("production_release")) == {"promotion_decision"}
+    assert set(made_of("churn_bento")) == {"production_release"}
     assert set(made_of("drift_report")) == {"customer_features", "training_set"}
 
 
@@ -218,6 +244,25 @@ def test_mlflow_tracks_all_of_a_training(first_run: Run):
     assert metrics["onnx_parity_max_difference"] <= 1e-5
 
 
+def test_every_trial_of_the_search_is_a_run_nested_in_the_training(first_run: Run):
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    nested = [
+        trial
+        for trial in client.search_runs([run.info.experiment_id])
+        if trial.data.tags.get("mlflow.parentRunId") == run.info.run_id
+    ]
+    assert len(nested) == int(run.data.params["trials"]) == 12
+    assert {trial.info.status for trial in nested} == {"FINISHED"}
+    assert all("dagster_run_id" not in trial.data.tags for trial in nested)
+    best = min(
+        (trial for trial in nested if trial.data.tags["given_up"] == "false"),
+        key=lambda trial: trial.data.metrics["log_loss"],
+    )
+    assert best.data.tags["family"] == run.data.params["family"]
+    for name, value in best.data.params.items():
+        assert run.data.params[f"model_{name}"] == value
+
+
 def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
     client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
     kept = {
@@ -247,15 +292,24 @@ def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
     assert all(re.fullmatch("[0-9a-f]{64}", content_hash) for content_hash in hashes)
 
 
-def test_the_version_is_in_staging_with_its_models(first_run: Run):
+def test_the_first_version_is_in_production_with_its_models(first_run: Run):
     (version,) = first_run.seen.versions.values()
-    assert version.tags["stage"] == "Staging"
-    assert first_run.seen.aliases == {"staging": "1"}
+    assert version.tags["stage"] == "Production"
+    assert first_run.seen.aliases == {"production": "1"}
     assert version.run_id == first_run.seen.mlflow[0].info.run_id
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
-    (step,) = first_run.seen.history
-    assert (step.source, step.target, step.who) == ("None", "Staging", "pipeline")
-    assert set(step.evidence.figures) == {"accuracy", "auc", "p95_latency_ms"}
+    staged, promoted = first_run.seen.history
+    assert (staged.source, staged.target, staged.who) == ("None", "Staging", "pipeline")
+    assert set(staged.evidence.figures) == set(GATES)
+    assert (promoted.source, promoted.target, promoted.who) == (
+        "Staging",
+        "Production",
+        "automatic policy",
+    )
+    assert promoted.evidence.kind == "bootstrap"
+    assert promoted.evidence.figures["auc"] == first_run.summary["model"]["auc"]
+    decision = first_run.seen.materialized["promotion_decision"][1].asset_materialization
+    assert decision.metadata["id"].value == promoted.decision
     kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
     assert {"model.onnx", "model.skops"} <= set(kept)
     assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))
@@ -301,9 +355,73 @@ def test_the_rows_of_the_next_training_are_judged_alone(first_run: Run):
 def test_versions_are_listed(first_run: Run):
     listed = asked(first_run.home, "versions")
     line = next(line for line in listed.splitlines() if line.split()[0] == "1")
-    assert " Staging " in line
+    assert " Production " in line
     assert "gates passed" in line
     assert first_run.summary["data_hash"][:12] in line
+
+
+def test_a_prediction_leads_back_to_its_data(first_run: Run):
+    summary = first_run.summary
+    version = summary["prediction"]["response"]["model_version"]
+    told = asked(first_run.home, "lineage", version)
+    (run,) = first_run.seen.mlflow
+    card = first_run.home / "reports" / "models" / version / "card.html"
+    for line in (
+        f"data         {summary['data_hash']}",
+        f"dagster run  {run.data.tags['dagster_run_id']}",
+        f"mlflow run   {run.info.run_id}  FINISHED",
+        f"version      churn {version}  ",
+        f"bento        {summary['bento']}  of release v1-",
+        f"held out     {LAST - timedelta(days=HORIZON)}, looked at ",
+        "version 1  None -> Staging  by pipeline",
+        f"model card   {card}",
+    ):
+        assert line in told, line
+    release = re.search(r"^release      (v1-\w+)$", told, re.MULTILINE)
+    assert release is not None
+    assert summary["bento"].startswith(f"churn:{release[1]}-")
+    with pytest.raises(UserError, match="no version 99 of churn"):
+        asked(first_run.home, "lineage", "99")
+
+
+def test_the_model_card_is_written_from_the_evidence(first_run: Run):
+    summary, evidence = first_run.summary, first_run.summary["evidence"]
+    folder = first_run.home / "reports" / "models" / "1"
+    card, page = ((folder / name).read_text() for name in ("card.md", "card.html"))
+    auc = evidence["intervals"]["auc"]
+    for said in (
+        "# churn, version 1",
+        "It passed every gate.",
+        f"| AUC | {auc['value']:.4f} ({auc['low']:.4f} to {auc['high']:.4f}) |",
+        summary["data_hash"],
+        summary["bento"],
+        "first time",
+        "## Limits",
+    ):
+        assert said in card, said
+    assert all(s["name"] in card for s in evidence["segments"])
+    assert page.count('src="data:image/png;base64,') == card.count("![") == 6
+    assert "<table>" in page
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    kept = {file.path for file in client.list_artifacts(run.info.run_id, "model_card")}
+    assert {"model_card/card.md", "model_card/card.html", "model_card/reliability.png"} <= kept
+    for asset in ("evaluation_report", "churn_bento"):
+        event = first_run.seen.materialized[asset][1].asset_materialization
+        assert event.metadata["model_card"].value.endswith("/models/1/card.html")
+    logged = Path(run.info.artifact_uri.removeprefix("file://")) / "model_card" / "card.md"
+    assert logged.read_text() == card
+
+
+def test_the_history_says_what_is_in_production(first_run: Run):
+    told = asked(first_run.home, "history", "--on", str(datetime.now(UTC).date()))
+    assert "version 1 in Production since " in told
+    assert "put there automatic policy: there is nothing in Production to compare" in told
+    assert "evidence  bootstrap: auc 0.9" in told
+    every = asked(first_run.home, "history").splitlines()
+    assert ["None -> Staging" in every[0], "Staging -> Production" in every[1]] == [True, True]
+    assert "nothing was in Production on 2020-01-01" in asked(
+        first_run.home, "history", "--on", "2020-01-01"
+    )
 
 
 def test_a_training_set_comes_back_by_version_and_by_hash(first_run: Run, tmp_path: Path):
@@ -340,7 +458,7 @@ def test_a_killed_run_is_finished_by_the_next(resumed_run: Run):
     (_, training), (_, bento) = resumed_run.stopped
     assert training.runs[0] == ("training", "STARTED")
     assert training.mlflow[0].info.status == "RUNNING"
-    assert bento.runs[0] == ("build_bento", "STARTED")
+    assert bento.runs[0] == ("promotion", "STARTED")
     assert len(bento.bentos) == 1
     assert resumed_run.done.err == ""
     assert resumed_run.summary["bento"].startswith("churn:v3-")
@@ -355,7 +473,7 @@ def test_dead_runs_are_failures_in_dagster_and_in_mlflow(resumed_run: Run):
     seen = resumed_run.seen
     assert not {"STARTED", "STARTING", "NOT_STARTED"} & {status for _, status in seen.runs}
     failed = [job for job, status in seen.runs if status == "FAILURE"]
-    assert failed == ["build_bento", "training"]
+    assert failed == ["promotion", "training"]
     statuses = [run.info.status for run in seen.mlflow]
     assert statuses == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
 
@@ -373,10 +491,16 @@ def test_only_what_is_new_is_written(first_run: Run, resumed_run: Run):
     assert resumed_run.summary["data_hash"] != first_run.summary["data_hash"]
 
 
-def test_the_newest_version_is_the_one_in_staging(resumed_run: Run):
+def test_what_the_policy_lets_pass_takes_the_place_of_the_one_before_it(resumed_run: Run):
     assert sorted(resumed_run.seen.versions) == ["1", "2", "3"]
-    assert resumed_run.seen.aliases == {"staging": "3"}
-    assert resumed_run.summary["registered"] == {"version": "3", "stage": "Staging"}
+    assert resumed_run.seen.aliases == {"production": "3"}
+    assert resumed_run.summary["registered"] == {"version": "3", "stage": "Production"}
+    promoted = resumed_run.seen.history[-1]
+    assert promoted.evidence.kind == "paired_replay"
+    assert promoted.evidence.incumbent == promoted.plan.to == "2"
+    assert promoted.evidence.rows > 500
+    for figure in ("auc", "log_loss", "brier"):
+        assert {f"candidate_{figure}", f"incumbent_{figure}"} <= promoted.evidence.figures.keys()
 
 
 # Gates no model passes.
@@ -388,7 +512,10 @@ def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
     assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9999", done.out)
     assert "nothing was promoted" in done.out
     assert list(summary["refused_by"]) == ["evaluation_report.auc"]
-    assert [g["passed"] for g in summary["gates"]] == [True, False, True]
+    assert [g["name"] for g in summary["gates"] if not g["passed"]] == ["auc"]
+    # Versions 2 and 3 were judged on the same day, version 1 on that of three days before.
+    assert summary["evidence"]["use"] == 3
+    assert "used for the 3rd time (before: version 2, 3)" in done.out
     assert summary["bento"] is summary["prediction"] is None
 
 
@@ -397,7 +524,7 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.summary["registered"] == {"version": "4", "stage": "None"}
     assert refused_run.seen.versions[version].tags["stage"] == "None"
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
-    assert refused_run.seen.aliases == {"staging": "3"}
+    assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
     assert refused_run.seen.runs[:2] == [("drift", "SUCCESS"), ("training", "FAILURE")]
     assert refused_run.seen.checks["evaluation_report.auc"] == "FAILED"

@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import features, online
+from tests.bench import features, model, online
 from tests.bench.measuring import Figures, store
 
-BENCHES = {"features": features.run, "online": online.run}
+BENCHES = {"features": features.run, "online": online.run, "model": model.run}
 
 
 def main(names: list[str]) -> int:

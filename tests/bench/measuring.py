@@ -22,7 +22,17 @@ from typing import Any
 import psutil
 
 Figures = dict[str, Any]
-_PACKAGES = ("duckdb", "feast", "ibis-framework", "numpy", "pandas", "pyarrow", "redis")
+_PACKAGES = (
+    "duckdb",
+    "feast",
+    "ibis-framework",
+    "numpy",
+    "pandas",
+    "optuna",
+    "pyarrow",
+    "redis",
+    "scikit-learn",
+)
 
 
 def measure(function: str, *arguments: Any, runs: int = 1) -> Figures:

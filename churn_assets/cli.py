@@ -104,14 +104,14 @@ def up() -> None:
 @cli.command()
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
-    """Serve the newest bento of this home; waits until there is one."""
-    from churn_assets.lifecycle.serving import OnlineStore, serve_newest
+    """Serve what is in Production, and what takes its place; waits until there is something."""
+    from churn_assets.lifecycle.serving import OnlineStore, serve_current
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
     location = settings.online_store.url or str(home.online_store)
-    serve_newest(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+    serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
 @cli.command("validate-data")
@@ -209,6 +209,85 @@ def versions() -> None:
             f"{line.registered_at:%Y-%m-%d %H:%M}  data {line.data_hash[:12]}  "
             f"run {line.mlflow_run}"
         )
+
+
+@cli.command()
+@click.option("--who", required=True, help="Your name.")
+@click.option("--why", required=True, help="Why it may serve.")
+@click.option("--model-version", help="The version to promote, when it is not the newest.")
+def approve(who: str, why: str, model_version: str | None) -> None:
+    """Put the version in Staging into Production."""
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    config = {"who": word.who, "why": word.why}
+    _act("approve_promotion", "promotion_decision", config, version=model_version)
+
+
+@cli.command()
+@click.option("--who", required=True, help="Your name.")
+@click.option("--why", required=True, help="What is wrong with the version in Production.")
+@click.option("--to", help="The version to go back to, when it is not the last known good one.")
+def rollback(who: str, why: str, to: str | None) -> None:
+    """Take the version in Production back."""
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    _act("rollback", "production_release", {"who": word.who, "why": word.why}, to=to)
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def clean(dry_run: bool) -> None:
+    """Remove versions archived for long enough, with their releases and bentos."""
+    from churn_assets.lifecycle import cleaning
+    from churn_assets.lifecycle.registry import read_registry
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    client, name = _registry(home)
+    policy, now = load_settings().registry, datetime.now(UTC)
+    if dry_run:
+        done = cleaning.plan_cleaning(read_registry(client, name), policy, home, now=now)
+    else:
+        done = cleaning.clean(client, name, policy, home, now=now)
+    click.echo("\n".join(done.lines()))
+
+
+def _act(job: str, asset: str, config: dict[str, str], **more: str | None) -> None:
+    home = Home.from_environment()
+    _registry(home)
+    from churn_assets.defs.launch import act
+
+    act(home, job, asset, config | {name: value for name, value in more.items() if value})
+
+
+@cli.command()
+@click.option("--on", "day", help="What was in Production then: 2026-03-03, or 2026-03-03T14:00.")
+@click.option("--json", "as_json", is_flag=True, help="For a machine: a JSON list of steps.")
+def history(day: str | None, as_json: bool) -> None:
+    """What happened in the registry, or what was in Production, who put it there and on what."""
+    import msgspec
+
+    from churn_assets.lifecycle.history import in_production, moment
+    from churn_assets.lifecycle.registry import read_registry
+
+    then = moment(day) if day is not None else None
+    steps = read_registry(*_registry(Home.from_environment())).history
+    there = in_production(steps, then) if then is not None else []
+    if as_json:
+        shown = steps if then is None else [tenure.step for tenure in there]
+        click.echo(msgspec.json.encode(shown))
+    elif then is None:
+        for step in steps:
+            click.echo(step.line())
+        if not steps:
+            click.echo("nothing has happened yet; `make run` trains a first version")
+    else:
+        for tenure in there:
+            click.echo("\n".join(tenure.lines()))
+        if not there:
+            click.echo(f"nothing was in Production on {day}")
 
 
 def _home_with_data() -> Home:

@@ -58,6 +58,11 @@ class Home:
         return self.root / "serving" / "releases"
 
     @property
+    def current(self) -> Path:
+        """Which bento serves."""
+        return self.root / "serving" / "current.json"
+
+    @property
     def feast_registry(self) -> Path:
         """Feast's registry, where the settings name no database."""
         return self.root / "feast" / "registry.db"
@@ -132,6 +137,7 @@ class Home:
             "DO_NOT_TRACK": "1",
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "MLFLOW_LOGGING_LEVEL": os.environ.get("MLFLOW_LOGGING_LEVEL", "WARNING"),
             "GIT_PYTHON_REFRESH": "quiet",
         }

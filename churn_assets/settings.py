@@ -33,6 +33,8 @@ from churn_assets.data.sources import (
 from churn_assets.data.validation import ValidationPolicy
 from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
+from churn_assets.lifecycle.cleaning import RetentionPolicy
+from churn_assets.lifecycle.promotion import PromotionPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
@@ -66,6 +68,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
@@ -137,6 +140,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     evaluation: EvaluationPolicy = EvaluationPolicy()
     costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
+    promotion: PromotionPolicy = PromotionPolicy()
+    registry: RetentionPolicy = RetentionPolicy()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
 

@@ -3,6 +3,9 @@
 import dagster as dg
 
 from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.resources import Project
+from churn_assets.lifecycle.cleaning import clean, plan_cleaning
+from churn_assets.lifecycle.registry import read_registry
 
 # Two runs that train at once would judge themselves against the same incumbent. One that refreshes
 # data needs what the one before it wrote, so these wait for each other too, in order.
@@ -19,22 +22,94 @@ daily_refresh = dg.define_asset_job(
 training = dg.define_asset_job(
     "training",
     selection=dg.AssetSelection.assets(
-        "training_set", "trained_model", "evaluation_report", "registered_model"
+        "training_set",
+        "trained_model",
+        "evaluation_report",
+        "registered_model",
+        "promotion_decision",
+        "registry_history",
     ),
     tags=EXCLUSIVE,
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
-build_bento = dg.define_asset_job(
-    "build_bento",
-    selection=dg.AssetSelection.assets("churn_bento"),
-    # The sensor asks once a version, also when the run it asked for was stopped in the middle.
-    tags={"dagster/max_retries": "2"},
-    description="Package the version in Staging for serving.",
+# What brings a version into service; everything but the decision.
+_INTO_SERVICE = ("production_release", "churn_bento", "registry_history")
+_ONE_PROMOTION = {"churn/exclusive": "promotion"}
+# A person waits for these.
+_URGENT = {"dagster/priority": "10"}
+
+promotion = dg.define_asset_job(
+    "promotion",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
+    tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
+    description="Carry out the latest decision, and package what is in Production for serving.",
+)
+approve_promotion = dg.define_asset_job(
+    "approve_promotion",
+    selection=dg.AssetSelection.assets("promotion_decision", *_INTO_SERVICE),
+    config={"ops": {"promotion_decision": {"config": {"who": "", "why": ""}}}},
+    tags=_ONE_PROMOTION | _URGENT,
+    description=(
+        "A person puts the version in Staging into Production: who, why, and the version when it "
+        "is not the newest."
+    ),
+)
+# Nothing keeps it waiting: it belongs to no group of runs that go one after the other.
+rollback = dg.define_asset_job(
+    "rollback",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={"ops": {"production_release": {"config": {"who": "", "why": ""}}}},
+    tags=_URGENT,
+    description=(
+        "Take the version in Production back: who, why, and to which version when it is not the "
+        "last known good one."
+    ),
 )
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
+    tags={"churn/exclusive": "monitoring"},
     description="Compare the last seven days of features with what the model was trained on.",
 )
 
-JOBS = [daily_refresh, training, build_bento, drift]
+
+class Clean(dg.Config):
+    """dry_run: only say what would go."""
+
+    dry_run: bool = False
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def remove_old_versions(
+    context: dg.OpExecutionContext, config: Clean, project: dg.ResourceParam[Project]
+) -> None:
+    """Versions archived for long enough, with their releases and bentos; nothing in use."""
+    client, name, policy = project.mlflow_client(), SETTINGS.model_name, SETTINGS.registry
+    if config.dry_run:
+        cleaning = plan_cleaning(
+            read_registry(client, name), policy, project.home, now=project.now()
+        )
+    else:
+        cleaning = clean(client, name, policy, project.home, now=project.now())
+    for line in cleaning.lines():
+        context.log.info("%s%s", "would go: " if config.dry_run else "", line)
+    context.add_output_metadata(
+        {
+            "versions": ", ".join(cleaning.versions) or "none",
+            "directories": len(cleaning.files),
+            "kept": dict(cleaning.kept),
+        }
+    )
+
+
+@dg.job(
+    tags=_ONE_PROMOTION,
+    description="Remove versions archived for long enough, with their releases and bentos.",
+)
+def clean_archive() -> None:
+    """See the description."""
+    remove_old_versions()
+
+
+JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift, clean_archive]

@@ -15,6 +15,7 @@ from datetime import date
 from typing import NoReturn
 
 import dagster as dg
+import msgspec
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.instance.ref import InstanceRef
@@ -23,14 +24,16 @@ from dagster_shared.error import SerializableErrorInfo
 
 from churn_assets.data.late import find_outdated, spanning, to_follow
 from churn_assets.data.windows import cutoff_of, days_between, label_partition
-from churn_assets.defs.partitions import range_tags
-from churn_assets.defs.resources import Project
+from churn_assets.defs.partitions import SETTINGS, range_tags
+from churn_assets.defs.resources import Project, read_record
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
 from churn_assets.defs.weekly import REASON, trained_in, week_of, week_tags
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
+from churn_assets.lifecycle.promotion import PromotionDecision
+from churn_assets.lifecycle.registry import read_registry
 
 LAUNCHER = {"churn/launched_by": "make run"}
 EXECUTING = [
@@ -82,8 +85,11 @@ class Launcher:
         assets: Sequence[str] | None = None,
         days: tuple[date, date] | None = None,
         why: Mapping[str, str] | None = None,
+        config: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Outcome:
-        """Execute `job`, or some of its assets, for a range of days. `why`: more tags of the run.
+        """Execute `job`, or some of its assets, for a range of days.
+
+        `why`: more tags of the run. `config`: of its assets.
 
         Raises UserError for what a person can mend, KeyboardInterrupt when a person stopped it;
         any other error of a step is raised as it is.
@@ -96,7 +102,10 @@ class Launcher:
             instance=self.instance,
             tags=tags,
             asset_selection=[dg.AssetKey(name) for name in assets] if assets else None,
-            run_config={"loggers": {"progress": {}}},
+            run_config={
+                "loggers": {"progress": {}},
+                "ops": {asset: {"config": dict(given)} for asset, given in (config or {}).items()},
+            },
             raise_on_error=False,
         )
         if self.interrupted():
@@ -295,8 +304,8 @@ def run_everything(home: Home) -> None:
         # By hand, so it trains whatever was done this week; and then this week is done.
         because = {REASON: "make run"} if trained_in(instance, week) else week_tags(week)
         trained = _train(launcher, because)
-        if trained.success:
-            launcher.run("bento", "build_bento").require()
+        if trained.success and _something_to_serve(project, trained.run_id):
+            launcher.run("bento", "promotion").require()
         launcher.run("drift", "drift").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
@@ -319,14 +328,36 @@ def train(home: Home, reason: str | None) -> Outcome | None:
         return _train(launcher, {REASON: reason} if reason else week_tags(week))
 
 
+def _something_to_serve(project: Project, run_id: str) -> bool:
+    """Whether a version is in Production, or has just been decided to go there."""
+    record = read_record(project.home.records, "promotion_decision", run_id)
+    decision = msgspec.json.decode(record, type=PromotionDecision)
+    return decision.verdict == "promote" or decision.incumbent is not None
+
+
+def act(home: Home, job: str, asset: str, config: Mapping[str, str]) -> None:
+    """A person's word carried out: a job in this process, beside whatever else runs in this home.
+
+    Raises UserError when it is refused; what serves goes on serving.
+    """
+    with _launching(home, alone=False) as launcher:
+        outcome = launcher.run(
+            job, job, why={"churn/launched_by": f"churn {job}"}, config={asset: config}
+        )
+        outcome.require()
+        registry = read_registry(launcher.project.mlflow_client(), SETTINGS.model_name)
+        print(f"version {registry.production} is in Production (Dagster run {outcome.run_id})")
+
+
 @contextlib.contextmanager
-def _launching(home: Home) -> Generator[Launcher]:
+def _launching(home: Home, *, alone: bool = True) -> Generator[Launcher]:
+    """alone: the caller holds the home, so what is still executing there is dead."""
     from churn_assets.definitions import defs
 
     project = Project.of(home)
     reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
     with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
-        if close_dead_runs(instance):
+        if alone and close_dead_runs(instance):
             _reconcile(project, instance)
         yield Launcher(defs, instance, project, interrupted)
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from churn_assets.contract.features import FEATURES, Feature
 from churn_assets.data.checks import CheckResult
 from churn_assets.data.tables import RawTable
+from churn_assets.lifecycle.history import Step, Tenure
 from churn_assets.lifecycle.records import GateRecord
 from churn_assets.modeling.bootstrap import Interval, interval_text
 from churn_assets.modeling.costs import ProfitCurve
@@ -22,6 +23,7 @@ from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
 
 SAMPLE_ROWS = 5
+HISTORY_ROWS = 100
 
 
 def raw_schema(table: RawTable) -> dg.TableSchema:
@@ -291,6 +293,42 @@ def gates_table(gates: Sequence[GateRecord]) -> dg.TableMetadataValue:
     """A line each gate, with why."""
     return figures_table(
         [{"gate": g.name, "passed": "yes" if g.passed else "no", "why": g.reason} for g in gates]
+    )
+
+
+def steps_table(steps: Sequence[Step]) -> dg.TableMetadataValue:
+    """The newest steps of the registry's history, the newest first."""
+    return figures_table(
+        [
+            {
+                "step": step.number,
+                "at": f"{step.at:%Y-%m-%d %H:%M:%S}",
+                "version": step.version,
+                "from": step.source,
+                "to": step.target,
+                "who": step.who,
+                "why": step.why,
+                "evidence": step.evidence.line(),
+            }
+            for step in reversed(steps[-HISTORY_ROWS:])
+        ]
+    )
+
+
+def tenures_table(tenures: Sequence[Tenure]) -> dg.TableMetadataValue:
+    """What has been in Production, the newest first."""
+    return figures_table(
+        [
+            {
+                "version": tenure.version,
+                "since": f"{tenure.since:%Y-%m-%d %H:%M:%S}",
+                "until": f"{tenure.until:%Y-%m-%d %H:%M:%S}" if tenure.until else None,
+                "who": tenure.step.who,
+                "why": tenure.step.why,
+                "evidence": tenure.step.evidence.line(),
+            }
+            for tenure in reversed(tenures[-HISTORY_ROWS:])
+        ]
     )
 
 

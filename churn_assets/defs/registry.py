@@ -1,15 +1,28 @@
-"""Registry: a version that passed every gate goes to Staging, with the evaluation as evidence."""
+"""Registry: Staging, the decision to promote, what is in Production, and all that happened."""
+
+from pathlib import Path
 
 import dagster as dg
+import msgspec
 
+from churn_assets.contract.release import read_release
+from churn_assets.defs.metadata import steps_table, tenures_table
 from churn_assets.defs.partitions import SETTINGS
-from churn_assets.defs.resources import Project
-from churn_assets.lifecycle.history import Evidence
-from churn_assets.lifecycle.records import EvaluationRecord, RegisteredModel
-from churn_assets.lifecycle.registry import PIPELINE, transition
+from churn_assets.defs.resources import Project, read_record
+from churn_assets.errors import UserError
+from churn_assets.lifecycle.comparison import compare_with_incumbent
+from churn_assets.lifecycle.history import Evidence, tenures
+from churn_assets.lifecycle.production import carry_out, figures_of, in_production_now, roll_back
+from churn_assets.lifecycle.promotion import Approval, PromotionDecision, decide
+from churn_assets.lifecycle.records import EvaluationRecord, HistoryRecord, RegisteredModel
+from churn_assets.lifecycle.registry import PIPELINE, finish_pending, read_registry, transition
+from churn_assets.lifecycle.release import store_release
+
+GROUP = "registry"
+OWNERS = [f"team:{SETTINGS.team}"]
 
 
-@dg.asset(group_name="registry", kinds={"mlflow"}, owners=[f"team:{SETTINGS.team}"])
+@dg.asset(group_name=GROUP, kinds={"mlflow"}, owners=OWNERS)
 def registered_model(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
@@ -20,8 +33,11 @@ def registered_model(
         refused = "; ".join(g.reason for g in evaluation_report.gates if not g.passed)
         raise dg.Failure(f"the gates did not pass: {refused or 'there is no evidence'}")
     model = evaluation_report.model
+    client = project.mlflow_client()
+    source = read_registry(client, model.name).version(model.version).source
+    release = read_release(Path(evaluation_report.release_dir))
     step = transition(
-        project.mlflow_client(),
+        client,
         model.name,
         model.version,
         "Staging",
@@ -29,6 +45,7 @@ def registered_model(
         why="every quality gate passed",
         evidence=Evidence("gates", {gate.name: gate.reason for gate in evaluation_report.gates}),
         now=project.now(),
+        tags=store_release(client, model.mlflow_run, source, release),
     )
     record = RegisteredModel(
         name=model.name,
@@ -45,4 +62,152 @@ def registered_model(
             "evidence": step.evidence.line(),
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(model.mlflow_run)),
         },
+    )
+
+
+class Approve(dg.Config):
+    """Who approves a promotion, and why. Without `who` the configured policy decides.
+
+    version: the one to promote; without it, the newest in Staging.
+    """
+
+    who: str | None = None
+    why: str = ""
+    version: str | None = None
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"mlflow"},
+    owners=OWNERS,
+    deps=["registered_model"],
+)
+def promotion_decision(
+    context: dg.AssetExecutionContext, config: Approve, project: dg.ResourceParam[Project]
+):
+    """Whether the version in Staging goes to Production: verdict, reasons, evidence, policy.
+
+    The evidence is a replay of both models on the newest labelled customers. Nothing is moved here.
+    """
+    client, name = project.mlflow_client(), SETTINGS.model_name
+    approval = Approval(config.who, config.why) if config.who is not None else None
+    registry = read_registry(client, name)
+    version = config.version or registry.aliases.get("staging")
+    if version is None:
+        raise UserError("no version is in Staging; train one that passes the gates")
+    decision = decide(
+        registry,
+        version,
+        figures=figures_of(client, registry.version(version)),
+        comparison=compare_with_incumbent(
+            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
+        ),
+        policy=SETTINGS.promotion,
+        approval=approval,
+        now=project.now(),
+    )
+    context.log.info("%s: %s", decision.verdict, "; ".join(decision.reasons))
+    if approval and decision.verdict != "promote":
+        raise UserError(f"version {version} is not promoted: {'; '.join(decision.reasons)}")
+    return dg.MaterializeResult(
+        value=decision,
+        metadata={
+            "verdict": decision.verdict,
+            "version": decision.version,
+            "reasons": "; ".join(decision.reasons),
+            "decided_by": f"{decision.who}: {decision.why}",
+            "evidence": decision.evidence.line() if decision.evidence else "none",
+            "way_back": decision.plan.how,
+            "policy": dict(decision.policy),
+            "id": decision.id,
+        },
+    )
+
+
+class Rollback(dg.Config):
+    """Who takes the version in Production back, and why. Without `who` nothing is taken back.
+
+    to: the version to go back to; without it, the last known good one.
+    """
+
+    who: str | None = None
+    why: str = ""
+    to: str | None = None
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"mlflow", "onnx"},
+    owners=OWNERS,
+    deps=["promotion_decision"],
+)
+def production_release(
+    context: dg.AssetExecutionContext, config: Rollback, project: dg.ResourceParam[Project]
+):
+    """The release of the version in Production, from the registry, its digests and answers proven.
+
+    A decision to promote, or a rollback, is carried out first; a decision only once. What cannot be
+    proven is not put into Production.
+    """
+    client, name, releases = project.mlflow_client(), SETTINGS.model_name, project.home.releases
+    finish_pending(client, name)
+    if config.who is not None:
+        approval = Approval(config.who, config.why)
+        roll_back(client, name, releases, approval=approval, to=config.to, now=project.now())
+    else:
+        found = read_record(project.home.records, "promotion_decision", context.run_id)
+        decision = msgspec.json.decode(found, type=PromotionDecision)
+        carry_out(client, decision, releases, now=project.now())
+    record = in_production_now(client, name, releases)
+    return dg.MaterializeResult(
+        value=record,
+        metadata={
+            "version": record.version,
+            "release": record.release_id,
+            "put_there_by": f"{record.step.who}: {record.step.why}",
+            "since": record.step.at.isoformat(),
+            "evidence": record.step.evidence.line(),
+            "way_back": f"version {record.way_back}" if record.way_back else "none",
+            "path": dg.MetadataValue.path(record.release_dir),
+        },
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"mlflow"},
+    owners=OWNERS,
+    deps=["registered_model", "promotion_decision", "production_release"],
+    check_specs=[
+        dg.AssetCheckSpec(
+            "registry_consistent",
+            asset="registry_history",
+            description="Tags, aliases and history say the same of every version.",
+        )
+    ],
+)
+def registry_history(context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]):
+    """Every transition there was: who made it, when, why, and on what evidence.
+
+    A step that a killed caller left unfinished is finished first.
+    """
+    client = project.mlflow_client()
+    finish_pending(client, SETTINGS.model_name)
+    registry = read_registry(client, SETTINGS.model_name)
+    faults = registry.faults()
+    return dg.MaterializeResult(
+        value=HistoryRecord(SETTINGS.model_name, registry.production, registry.history),
+        metadata={
+            "production": registry.production or "none",
+            "steps": len(registry.history),
+            "history": steps_table(registry.history),
+            "in_production": tenures_table(tenures(registry.history)),
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="registry_consistent",
+                passed=not faults,
+                description="; ".join(faults) or "tags, aliases and history agree",
+            )
+        ],
     )

@@ -125,8 +125,10 @@ class Project:
 
     def newest_customer(self) -> dict[str, str | int | float] | None:
         """A customer of the newest feature partition as a request to the service, if it has one."""
-        newest = self.lake.days("customer_features")[-1]
-        rows = self.lake.read("customer_features", newest, newest).slice(0, 1).to_pylist()
+        days = self.lake.days("customer_features")
+        if not days:
+            return None
+        rows = self.lake.read("customer_features", days[-1], days[-1]).slice(0, 1).to_pylist()
         names = ["customer_id", *(feature.name for feature in self.features)]
         return {name: rows[0][name] for name in names} if rows else None
 

@@ -159,4 +159,11 @@ drift_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
-SCHEDULES = [daily_refresh_schedule, training_schedule, drift_schedule]
+clean_archive_schedule = dg.ScheduleDefinition(
+    job=jobs.clean_archive,
+    cron_schedule=cron("clean_archive"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
+SCHEDULES = [daily_refresh_schedule, training_schedule, drift_schedule, clean_archive_schedule]

@@ -1,13 +1,13 @@
-"""The sensors: a new version that passed gets its bento; MLflow hears how runs really ended."""
+"""The sensors: a decision to promote is carried out; MLflow hears how runs really ended."""
 
 import dagster as dg
 import msgspec
 
 from churn_assets.defs import jobs
 from churn_assets.defs.resources import Project, read_record
-from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import Ending, reconcile
-from churn_assets.lifecycle.records import BentoRecord, RegisteredModel
+from churn_assets.lifecycle.promotion import PromotionDecision
+from churn_assets.lifecycle.registry import read_registry
 
 ON = dg.DefaultSensorStatus.RUNNING
 
@@ -18,30 +18,23 @@ ENDINGS: dict[dg.DagsterRunStatus, Ending] = {
 }
 
 
-@dg.asset_sensor(asset_key=dg.AssetKey("registered_model"), job=jobs.build_bento, default_status=ON)
-def bento_for_new_version(
+@dg.asset_sensor(asset_key=dg.AssetKey("promotion_decision"), job=jobs.promotion, default_status=ON)
+def promotion_decided(
     context: dg.SensorEvaluationContext,
     asset_event: dg.EventLogEntry,
     project: dg.ResourceParam[Project],
 ) -> dg.RunRequest | dg.SkipReason:
-    """Build the bento of a version that the gates let into Staging, once."""
-    record = read_record(project.home.records, "registered_model", asset_event.run_id)
-    registered = msgspec.json.decode(record, type=RegisteredModel)
-    if registered.stage != "Staging":
-        return dg.SkipReason(f"version {registered.version} is in {registered.stage}")
-    if _has_bento(project, registered.version):
-        return dg.SkipReason(f"version {registered.version} has its bento")
-    return dg.RunRequest(run_key=f"bento-{registered.version}")
-
-
-def _has_bento(project: Project, version: str) -> bool:
-    try:
-        newest = msgspec.json.decode(
-            read_record(project.home.records, "churn_bento"), type=BentoRecord
-        )
-    except UserError:
-        return False
-    return newest.model_version == version
+    """Carry a decision to promote to a run, once. One that waits for a person is left alone."""
+    record = read_record(project.home.records, "promotion_decision", asset_event.run_id)
+    decision = msgspec.json.decode(record, type=PromotionDecision)
+    if decision.verdict != "promote":
+        return dg.SkipReason(f"version {decision.version}: {'; '.join(decision.reasons)}")
+    if decision.by_person:
+        return dg.SkipReason(f"{decision.id} is carried out by the run it was approved in")
+    history = read_registry(project.mlflow_client(), decision.name).history
+    if any(step.decision == decision.id for step in history):
+        return dg.SkipReason(f"{decision.id} has been carried out")
+    return dg.RunRequest(run_key=decision.id)
 
 
 def _tell_mlflow(context: dg.RunStatusSensorContext, project: Project) -> None:
@@ -69,4 +62,4 @@ def mlflow_canceled_runs(
     _tell_mlflow(context, project)
 
 
-SENSORS = [bento_for_new_version, mlflow_failed_runs, mlflow_canceled_runs]
+SENSORS = [promotion_decided, mlflow_failed_runs, mlflow_canceled_runs]

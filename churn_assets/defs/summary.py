@@ -13,6 +13,7 @@ from churn_assets.data.quarantine import read_quarantine
 from churn_assets.data.refresh import count_reasons
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.home import Home
+from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import BentoRecord, DriftRecord, EvaluationRecord
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.up import DAGSTER, MLFLOW
@@ -79,6 +80,7 @@ def collect(
         "gates": [msgspec.to_builtins(gate) for gate in record.gates],
         "refused_by": dict(refused_by),
         "registered": {"version": model.version, "stage": registry.version(model.version).stage},
+        "promotion": None,
         "bento": None,
         "prediction": None,
         "drift": {
@@ -90,6 +92,10 @@ def collect(
         "seconds": dict(seconds),
     }
     if record.passed:
+        decided = read_record(project.home.records, "promotion_decision", run_id)
+        decision = msgspec.json.decode(decided, type=PromotionDecision)
+        summary["promotion"] = {"verdict": decision.verdict, "reasons": list(decision.reasons)}
+    if record.passed and registry.production is not None:
         bento = msgspec.json.decode(
             read_record(project.home.records, "churn_bento"), type=BentoRecord
         )
@@ -151,8 +157,15 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
         shown.append(f"  gate        {'passed ' if gate['passed'] else 'REFUSED'} {gate['reason']}")
     registered = summary["registered"]
     shown.append(f"  model       version {registered['version']}, stage {registered['stage']}")
-    if summary["prediction"] is None:
+    promotion = summary["promotion"]
+    if promotion is not None:
+        shown.append(f"  promotion   {promotion['verdict']}: {'; '.join(promotion['reasons'])}")
+        if promotion["verdict"] == "wait":
+            shown.append('              approve it: churn approve --who NAME --why "..."')
+    if promotion is None:
         shown.append("  bento       none: the gates refused the model, so nothing was promoted")
+    elif summary["prediction"] is None:
+        shown.append("  bento       none: nothing is in Production yet")
     else:
         prediction = summary["prediction"]
         request = dict(prediction["request"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
 
 import msgspec
+
+from churn_assets.errors import UserError
 
 Stage = Literal["None", "Staging", "Production", "Archived", "Deleted"]
 
@@ -37,7 +38,7 @@ class Evidence(msgspec.Struct, frozen=True):
         """The evidence in a line, for a person."""
         compared = f" against version {self.incumbent}" if self.incumbent else ""
         rows = f" on {self.rows:,} rows" if self.rows else ""
-        figures = ", ".join(f"{name} {_figure(value)}" for name, value in self.figures.items())
+        figures = ", ".join(_figure(name, value) for name, value in self.figures.items())
         return f"{self.kind}{compared}{rows}" + (f": {figures}" if figures else "")
 
 
@@ -111,6 +112,22 @@ class Tenure:
     until: datetime | None
     step: Step
 
+    def lines(self) -> list[str]:
+        """What was there, who put it there and on what, for a person."""
+        step = self.step
+        until = f"until {self.until:%Y-%m-%d %H:%M:%S} UTC" if self.until else "still there"
+        told = [
+            f"version {self.version} in Production since {self.since:%Y-%m-%d %H:%M:%S}, {until}",
+            f"  from      {step.source}",
+            f"  put there {step.who}: {step.why}",
+            f"  evidence  {step.evidence.line()}",
+        ]
+        if step.plan:
+            told.append(f"  way back  {step.plan.how}")
+        if step.decision:
+            told.append(f"  decision  {step.decision}")
+        return told
+
 
 def tenures(history: Sequence[Step]) -> list[Tenure]:
     """Every time a version was in Production, oldest first."""
@@ -131,6 +148,19 @@ def in_production(history: Sequence[Step], on: date | datetime) -> list[Tenure]:
         for tenure in tenures(history)
         if tenure.since < end and (tenure.until is None or tenure.until > first)
     ]
+
+
+def moment(text: str) -> date | datetime:
+    """A day, or a moment (UTC unless it says otherwise). Raises UserError for anything else."""
+    try:
+        if len(text) <= len("2026-03-03"):
+            return date.fromisoformat(text)
+        told = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            f"{text!r} is no day; give one such as 2026-03-03, or a moment, 2026-03-03T14:00"
+        ) from None
+    return told.replace(tzinfo=told.tzinfo or UTC).astimezone(UTC)
 
 
 def known_good(history: Sequence[Step]) -> list[str]:
@@ -155,7 +185,8 @@ def last_known_good(history: Sequence[Step]) -> str | None:
     return good[-2] if len(good) > 1 else None
 
 
-def _figure(value: float | str) -> str:
+def _figure(name: str, value: float | str) -> str:
     if isinstance(value, str):
-        return value
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
+        # A gate's reason begins with its name.
+        return value if value.startswith(name) else f"{name} {value}"
+    return f"{name} {value:.4g}"

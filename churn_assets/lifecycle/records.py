@@ -6,6 +6,7 @@ from datetime import date, datetime
 
 import msgspec
 
+from churn_assets.lifecycle.history import Step
 from churn_assets.lifecycle.ledger import Use
 from churn_assets.modeling.bootstrap import Interval, interval_text
 from churn_assets.modeling.calibration import Calibration
@@ -135,6 +136,28 @@ class RegisteredModel(msgspec.Struct, frozen=True):
     stage: str
     release_dir: str
     release_id: str
+
+
+class HistoryRecord(msgspec.Struct, frozen=True):
+    """Everything that has happened to the versions of a registered model, oldest first."""
+
+    name: str
+    production: str | None
+    steps: tuple[Step, ...]
+
+
+class ProductionRelease(msgspec.Struct, frozen=True):
+    """The version in Production with its proven release, and the step that put it there.
+
+    way_back: the version a rollback would go to.
+    """
+
+    name: str
+    version: str
+    release_dir: str
+    release_id: str
+    way_back: str | None
+    step: Step
 
 
 class BentoRecord(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ the caller be killed, the next one carries it to its end. Steps that are done st
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -298,6 +299,7 @@ def plan_step(
         raise UserError(
             f"moving version {version} to {target} needs a name and a reason; give both"
         )
+    _check_figures(evidence)
     if faults := registry.faults():
         raise UserError(
             f"the registry of {registry.name} contradicts itself ({faults[0]}); someone changed it "
@@ -342,6 +344,12 @@ def _check_legal(registry: Registry, current: Version, target: Stage) -> None:
         f"version {current.version} of {registry.name} is in {current.stage} and may go to "
         f"{', '.join(LEGAL[current.stage])}, not to {target}"
     )
+
+
+def _check_figures(evidence: Evidence) -> None:
+    for name, value in evidence.figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"the evidence is no evidence: {name} is {value}; measure it again")
 
 
 def _guard_staging(

@@ -1,14 +1,16 @@
-"""Writing a release: from a judged model to the directory a service serves."""
+"""Writing a release: from a judged model to the directory a service serves, and to the registry."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -24,12 +26,24 @@ from churn_assets.contract.release import (
     ReferenceStatistics,
     Release,
     ReleaseError,
+    check_golden,
     encode_manifest,
     read_release,
     release_id_of,
 )
 from churn_assets.contract.risk import RiskThresholds
 from churn_assets.errors import UserError
+from churn_assets.lifecycle.registry import Version
+from churn_assets.modeling.onnx_export import predict_onnx
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# On a registered version: the release made of it, the sha256 of its manifest, which has those of
+# its files, and the sha256 of the model as MLflow keeps it.
+RELEASE_TAG = "release_id"
+RELEASE_DIGEST_TAG = "release_sha256"
+MODEL_DIGEST_TAG = "model_sha256"
 
 QUANTILE_LEVELS = np.linspace(0.0, 1.0, 21)
 
@@ -120,3 +134,128 @@ def build_release(
             os.rename(directory, Path(scratch) / "damaged")
         os.rename(made, directory)
     return read_release(directory)
+
+
+def store_release(
+    client: MlflowClient, run_id: str, source: str, release: Release
+) -> dict[str, str]:
+    """Keep `release` with the MLflow run that trained its model.
+
+    source: where MLflow keeps the registered model. Returns the tags that hold what the registry
+    later has to prove to be: put them on the version in the same step that lets it into Staging.
+    Raises UserError when the registered model is not the release's.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        logged = _fetch_model(client, source, Path(folder))
+        if onnx.load_model_from_string(logged).SerializeToString() != release.model:
+            raise UserError(
+                f"the model registered as version {release.manifest.model_version} is not the one "
+                "that was judged; train again"
+            )
+    client.log_artifacts(run_id, str(release.directory), _stored_at(release.manifest.release_id))
+    return {
+        RELEASE_TAG: release.manifest.release_id,
+        RELEASE_DIGEST_TAG: _sha256((release.directory / MANIFEST).read_bytes()),
+        MODEL_DIGEST_TAG: _sha256(logged),
+    }
+
+
+def fetch_release(
+    client: MlflowClient, version: Version, releases: Path, *, kept: bool = False
+) -> Release:
+    """The release of a registered version, from the registry, proven to be what was judged.
+
+    The manifest and the registered model have the digests that were noted when the version came
+    into Staging, every file has the manifest's, and the model computes the golden predictions. The
+    release then lies in `releases / <its id>`. kept: take the one that lies there, when it proves
+    to be the same, without asking MLflow for its files. Raises UserError, and then nothing there
+    has changed.
+    """
+    release_id, digest = version.tags.get(RELEASE_TAG), version.tags.get(RELEASE_DIGEST_TAG)
+    if not release_id or not digest or Path(release_id).name != release_id:
+        raise UserError(
+            f"version {version.version} has no release in the registry: it was registered before "
+            "releases were kept there; train again"
+        )
+    directory = releases / release_id
+    try:
+        if kept:
+            with contextlib.suppress(ReleaseError, OSError):
+                return _proven(directory, version, digest)
+        releases.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".release-", dir=releases) as scratch:
+            found = _fetch_files(client, version, release_id, Path(scratch))
+            release = _proven(found, version, digest)
+            with contextlib.suppress(ReleaseError, OSError):
+                return _proven(directory, version, digest)
+            if directory.exists():
+                os.rename(directory, Path(scratch) / "damaged")
+            os.rename(found, directory)
+        return dataclasses.replace(release, directory=directory)
+    except ReleaseError as error:
+        raise UserError(
+            f"version {version.version} must not be served: {error}; another version may be"
+        ) from error
+
+
+def _fetch_files(client: MlflowClient, version: Version, release_id: str, scratch: Path) -> Path:
+    """The directory of a release as MLflow keeps it; the registered model is looked at, too."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        logged = _fetch_model(client, version.source, scratch / "model")
+        found = Path(
+            client.download_artifacts(version.run_id or "", _stored_at(release_id), str(scratch))
+        )
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the artifacts of version {version.version} cannot be fetched ({reason}); bring them "
+            "back, or take another version"
+        ) from error
+    if _sha256(logged) != version.tags.get(MODEL_DIGEST_TAG):
+        raise ReleaseError(
+            f"the model in the registry was changed since the gates let version {version.version} "
+            "in: its sha256 is another"
+        )
+    return found
+
+
+def _fetch_model(client: MlflowClient, source: str, folder: Path) -> bytes:
+    import mlflow
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found = mlflow.artifacts.download_artifacts(
+        artifact_uri=source, dst_path=str(folder), tracking_uri=client.tracking_uri
+    )
+    return (Path(found) / MODEL).read_bytes()
+
+
+def _proven(directory: Path, version: Version, digest: str) -> Release:
+    release = read_release(directory)
+    if _sha256((directory / MANIFEST).read_bytes()) != digest:
+        raise ReleaseError(
+            f"release {directory.name} was changed since the gates let version {version.version} "
+            f"in: {MANIFEST} has another sha256"
+        )
+    if release.manifest.model_version != version.version:
+        raise ReleaseError(
+            f"release {directory.name} is of version {release.manifest.model_version}"
+        )
+    try:
+        check_golden(lambda rows: predict_onnx(release.model, rows), release.golden)
+    except ReleaseError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class of its own
+        raise ReleaseError(f"{MODEL} cannot be run: {str(error).splitlines()[0]}") from error
+    return release
+
+
+def _stored_at(release_id: str) -> str:
+    return f"release/{release_id}"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -27,13 +27,15 @@ from churn_assets.contract.release import read_release
 from churn_assets.contract.response import predict
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
-from churn_assets.lifecycle.bento import Bento, bento_of_tag, newest_bento
+from churn_assets.lifecycle.bento import Bento, bento_of_tag
+from churn_assets.lifecycle.pointer import read_current
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 10.0
 WARM_UP = 20
+POLL_S = 0.2
 
 # The kernel tells the service to stop when the process that started it is gone, killed or not.
 _LAUNCH = """\
@@ -157,27 +159,81 @@ def serve(
             yield url
 
 
-def serve_newest(home: Home, port: int, online: OnlineStore | None = None) -> None:
-    """Serve the newest bento of `home` on `port`, in the foreground; waits until there is one.
+def serve_current(home: Home, port: int, online: OnlineStore | None = None) -> None:
+    """Serve what the pointer of `home` names on `port`, in the foreground, and what it names next.
 
-    It need not wait for the online store: the service answers requests by id once there is one.
+    Waits until it names something. Another bento is first started on a port of its own: one that
+    does not start is told, and what serves goes on serving. Then it takes the place, and for the
+    seconds that takes nobody answers. It need not wait for the online store: the service answers
+    requests by id once there is one.
 
     Ends, with every process of the service, on SIGINT and SIGTERM. Raises UserError when the port
     is taken or the service stops by itself.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     check_port(port)
-    if newest_bento(home.bentoml) is None:
-        print("no bento yet: `make run` builds one; waiting", flush=True)
-    while (bento := newest_bento(home.bentoml)) is None:
-        time.sleep(1)
-    with (
-        tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
-        _running(bento.path, None, online, port, scratch=Path(scratch)) as (process, url),
-    ):
-        print(f"{bento.tag} answers at {url}/predict", flush=True)
-        code = process.wait()
-    raise UserError(f"the churn service stopped with exit code {code}; its log above says why")
+    tag = _next_to_serve(home)
+    while True:
+        path = bento_of_tag(tag, home.bentoml).path
+        with (
+            tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
+            _running(path, None, online, port, scratch=Path(scratch)) as (process, url),
+        ):
+            print(f"{tag} answers at {url}/predict", flush=True)
+            tag = _next_to_serve(home, tag, process)
+
+
+def _next_to_serve(
+    home: Home, serving: str | None = None, process: subprocess.Popen | None = None
+) -> str:
+    """Wait until another bento is to be served, and return its tag once it has proven to start.
+
+    Raises UserError when `process`, which serves `serving`, ends by itself.
+    """
+    told, refused = "", None
+    while True:
+        if process is not None and (code := process.poll()) is not None:
+            raise UserError(
+                f"the churn service stopped with exit code {code}; its log above says why"
+            )
+        current, said = None, ""
+        try:
+            current = read_current(home.current)
+            if current is None:
+                said = "nothing is in Production yet: `make run` brings a first version there"
+            elif current == refused:
+                said = told
+            elif current.bento != serving:
+                path = bento_of_tag(current.bento, home.bentoml).path
+                if serving is not None:
+                    _try_out(path)
+                return current.bento
+        except UserError as error:
+            # What does not start is not tried again until the pointer is written anew.
+            said, refused = str(error), current if serving else None
+        if said and said != told:
+            print(f"{said}; {f'{serving} goes on serving' if serving else 'waiting'}", flush=True)
+        told = said
+        time.sleep(POLL_S)
+
+
+def _try_out(bento: Path) -> None:
+    """Start a bento once, beside what serves. Raises UserError with what its log says."""
+    with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
+        log = Path(scratch) / "service.log"
+        with (
+            log.open("wb") as sink,
+            _running(
+                bento,
+                None,
+                None,
+                free_port(),
+                scratch=Path(scratch),
+                sink=sink.fileno(),
+                log=log,
+            ),
+        ):
+            pass
 
 
 def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:

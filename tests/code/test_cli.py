@@ -98,6 +98,8 @@ def test_the_data_gate_holds_a_file_to_an_exported_schema(churn, tmp_path):
         (("training-set", "--hash", "0" * 64), "there is no training set 0000"),
         (("training-set", "--model-version", "1"), "`make run`"),
         (("versions",), "`make run`"),
+        (("history",), "`make run`"),
+        (("history", "--on", "3 March"), "'3 March' is no day; give one such as 2026-03-03"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(churn, tmp_path, monkeypatch, arguments, told):

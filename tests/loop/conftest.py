@@ -26,6 +26,8 @@ MORE_DAYS = {
     **SHOP,
     "calendar": {"start": "2024-01-01", "days": 223},
     "training": {"families": ["logistic_regression"], "trials": 2},
+    # What is compared is not what these tests are about.
+    "promotion": {"mode": "automatic", "margin": 0.5},
 }
 IMPOSSIBLE = {**MORE_DAYS, "quality_gates": {"auc": 0.9999, "p95_latency_ms": 5000}}
 

@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import warnings
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,9 @@ ASSETS = (
     "trained_model",
     "evaluation_report",
     "registered_model",
+    "promotion_decision",
+    "production_release",
+    "registry_history",
     "churn_bento",
     "drift_report",
 )
@@ -57,6 +60,7 @@ CHECKS = {
     "training_set.no_row_lost",
     "trained_model.onnx_parity",
     *(f"evaluation_report.{name}" for name in GATES),
+    "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
 }
@@ -86,7 +90,8 @@ def test_a_run_says_what_a_person_wants_to_know(first_run: Run):
         "majority",
         "oracle (latent state)",
         "gate        passed  auc",
-        f"model       version {version}, stage Staging",
+        f"model       version {version}, stage Production",
+        "promotion   promote: there is nothing in Production to compare it with; ",
         f"bento       {bento}",
         f"churn_probability {summary['prediction']['response']['churn_probability']}, risk ",
         f"drift       {summary['drift']['verdict']}: ",
@@ -135,7 +140,8 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert offers["offer_profit"] > max(0, offers["offer_profit_everyone"])
     assert {s["by"] for s in evidence["segments"]} == {"tenure", "value", "activity"}
     assert summary["gates"][1]["value"] == model["auc"]
-    assert summary["registered"] == {"version": "1", "stage": "Staging"}
+    assert summary["registered"] == {"version": "1", "stage": "Production"}
+    assert summary["promotion"]["verdict"] == "promote"
     prediction = summary["prediction"]
     assert set(prediction["request"]) == {"customer_id", *FEATURE_NAMES}
     assert prediction["response"]["model_version"] == "1"
@@ -177,7 +183,7 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.checks.values()) == {"SUCCEEDED"}
     assert seen.runs == [
         ("drift", "SUCCESS"),
-        ("build_bento", "SUCCESS"),
+        ("promotion", "SUCCESS"),
         ("training", "SUCCESS"),
         *[("daily_refresh", "SUCCESS")] * 4,
     ]
@@ -193,7 +199,9 @@ def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
     assert made_of("trained_model") == {"training_set": first_run.summary["data_hash"]}
     assert set(made_of("evaluation_report")) == {"trained_model"}
     assert set(made_of("registered_model")) == {"evaluation_report"}
-    assert set(made_of("churn_bento")) == {"registered_model"}
+    assert set(made_of("promotion_decision")) == {"registered_model"}
+    assert set(made_of("production_release")) == {"promotion_decision"}
+    assert set(made_of("churn_bento")) == {"production_release"}
     assert set(made_of("drift_report")) == {"customer_features", "training_set"}
 
 
@@ -284,15 +292,24 @@ def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
     assert all(re.fullmatch("[0-9a-f]{64}", content_hash) for content_hash in hashes)
 
 
-def test_the_version_is_in_staging_with_its_models(first_run: Run):
+def test_the_first_version_is_in_production_with_its_models(first_run: Run):
     (version,) = first_run.seen.versions.values()
-    assert version.tags["stage"] == "Staging"
-    assert first_run.seen.aliases == {"staging": "1"}
+    assert version.tags["stage"] == "Production"
+    assert first_run.seen.aliases == {"production": "1"}
     assert version.run_id == first_run.seen.mlflow[0].info.run_id
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
-    (step,) = first_run.seen.history
-    assert (step.source, step.target, step.who) == ("None", "Staging", "pipeline")
-    assert set(step.evidence.figures) == set(GATES)
+    staged, promoted = first_run.seen.history
+    assert (staged.source, staged.target, staged.who) == ("None", "Staging", "pipeline")
+    assert set(staged.evidence.figures) == set(GATES)
+    assert (promoted.source, promoted.target, promoted.who) == (
+        "Staging",
+        "Production",
+        "automatic policy",
+    )
+    assert promoted.evidence.kind == "bootstrap"
+    assert promoted.evidence.figures["auc"] == first_run.summary["model"]["auc"]
+    decision = first_run.seen.materialized["promotion_decision"][1].asset_materialization
+    assert decision.metadata["id"].value == promoted.decision
     kept = [path.name for path in (first_run.home / "mlartifacts").rglob("model.*")]
     assert {"model.onnx", "model.skops"} <= set(kept)
     assert not list((first_run.home / "mlartifacts").rglob("*.pkl"))
@@ -338,7 +355,7 @@ def test_the_rows_of_the_next_training_are_judged_alone(first_run: Run):
 def test_versions_are_listed(first_run: Run):
     listed = asked(first_run.home, "versions")
     line = next(line for line in listed.splitlines() if line.split()[0] == "1")
-    assert " Staging " in line
+    assert " Production " in line
     assert "gates passed" in line
     assert first_run.summary["data_hash"][:12] in line
 
@@ -395,6 +412,18 @@ def test_the_model_card_is_written_from_the_evidence(first_run: Run):
     assert logged.read_text() == card
 
 
+def test_the_history_says_what_is_in_production(first_run: Run):
+    told = asked(first_run.home, "history", "--on", str(datetime.now(UTC).date()))
+    assert "version 1 in Production since " in told
+    assert "put there automatic policy: there is nothing in Production to compare" in told
+    assert "evidence  bootstrap: auc 0.9" in told
+    every = asked(first_run.home, "history").splitlines()
+    assert ["None -> Staging" in every[0], "Staging -> Production" in every[1]] == [True, True]
+    assert "nothing was in Production on 2020-01-01" in asked(
+        first_run.home, "history", "--on", "2020-01-01"
+    )
+
+
 def test_a_training_set_comes_back_by_version_and_by_hash(first_run: Run, tmp_path: Path):
     data_hash, rows = (first_run.summary[name] for name in ("data_hash", "training_rows"))
     for number, chosen in enumerate((("--model-version", "1"), ("--hash", data_hash))):
@@ -429,7 +458,7 @@ def test_a_killed_run_is_finished_by_the_next(resumed_run: Run):
     (_, training), (_, bento) = resumed_run.stopped
     assert training.runs[0] == ("training", "STARTED")
     assert training.mlflow[0].info.status == "RUNNING"
-    assert bento.runs[0] == ("build_bento", "STARTED")
+    assert bento.runs[0] == ("promotion", "STARTED")
     assert len(bento.bentos) == 1
     assert resumed_run.done.err == ""
     assert resumed_run.summary["bento"].startswith("churn:v3-")
@@ -444,7 +473,7 @@ def test_dead_runs_are_failures_in_dagster_and_in_mlflow(resumed_run: Run):
     seen = resumed_run.seen
     assert not {"STARTED", "STARTING", "NOT_STARTED"} & {status for _, status in seen.runs}
     failed = [job for job, status in seen.runs if status == "FAILURE"]
-    assert failed == ["build_bento", "training"]
+    assert failed == ["promotion", "training"]
     statuses = [run.info.status for run in seen.mlflow]
     assert statuses == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
 
@@ -462,10 +491,16 @@ def test_only_what_is_new_is_written(first_run: Run, resumed_run: Run):
     assert resumed_run.summary["data_hash"] != first_run.summary["data_hash"]
 
 
-def test_the_newest_version_is_the_one_in_staging(resumed_run: Run):
+def test_what_the_policy_lets_pass_takes_the_place_of_the_one_before_it(resumed_run: Run):
     assert sorted(resumed_run.seen.versions) == ["1", "2", "3"]
-    assert resumed_run.seen.aliases == {"staging": "3"}
-    assert resumed_run.summary["registered"] == {"version": "3", "stage": "Staging"}
+    assert resumed_run.seen.aliases == {"production": "3"}
+    assert resumed_run.summary["registered"] == {"version": "3", "stage": "Production"}
+    promoted = resumed_run.seen.history[-1]
+    assert promoted.evidence.kind == "paired_replay"
+    assert promoted.evidence.incumbent == promoted.plan.to == "2"
+    assert promoted.evidence.rows > 500
+    for figure in ("auc", "log_loss", "brier"):
+        assert {f"candidate_{figure}", f"incumbent_{figure}"} <= promoted.evidence.figures.keys()
 
 
 # Gates no model passes.
@@ -489,7 +524,7 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.summary["registered"] == {"version": "4", "stage": "None"}
     assert refused_run.seen.versions[version].tags["stage"] == "None"
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
-    assert refused_run.seen.aliases == {"staging": "3"}
+    assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
     assert refused_run.seen.runs[:2] == [("drift", "SUCCESS"), ("training", "FAILURE")]
     assert refused_run.seen.checks["evaluation_report.auc"] == "FAILED"

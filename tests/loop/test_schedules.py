@@ -22,10 +22,12 @@ from churn_assets.defs.schedules import (
     days_to_refresh,
     refresh_request,
 )
-from churn_assets.defs.sensors import SENSORS, bento_for_new_version, mlflow_failed_runs
+from churn_assets.defs.sensors import SENSORS, mlflow_failed_runs, promotion_decided
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import ensure_experiment
-from churn_assets.lifecycle.records import BentoRecord, RegisteredModel
+from churn_assets.lifecycle.history import Evidence, Move, RollbackPlan, Step
+from churn_assets.lifecycle.promotion import PromotionDecision
+from churn_assets.lifecycle.registry import POLICY, Registry
 
 NEWEST = date(2024, 3, 10)
 NIGHT = datetime(2024, 3, 15, 2, 0, tzinfo=UTC)
@@ -65,6 +67,7 @@ def test_everything_is_on() -> None:
         "daily_refresh_schedule",
         "training_schedule",
         "drift_schedule",
+        "clean_archive_schedule",
     }
     assert all(s.default_status is dg.DefaultScheduleStatus.RUNNING for s in SCHEDULES)
     assert all(s.default_status is dg.DefaultSensorStatus.RUNNING for s in SENSORS)
@@ -142,63 +145,89 @@ def test_one_refresh_at_a_time(
     assert isinstance(tick(project, instance), dg.SkipReason) is skips
 
 
-def register(
-    project: Project, instance: dg.DagsterInstance, version: str, stage: str
-) -> dg.ExecuteInProcessResult:
-    """Materialize a registered_model that hands this record on, as the real one would."""
-    record = RegisteredModel("churn", version, stage, "release", f"v{version}")
+def decided(
+    project: Project, instance: dg.DagsterInstance, verdict: str, who: str = POLICY
+) -> PromotionDecision:
+    """Materialize a promotion_decision that hands this record on, as the real one would."""
+    decision = PromotionDecision(
+        id=f"promotion-{verdict}-{len(list(instance.get_runs()))}",
+        name="churn",
+        version="3",
+        verdict=verdict,  # ty: ignore[invalid-argument-type]
+        reasons=("because",),
+        who=who,
+        why="because",
+        incumbent=None,
+        evidence=Evidence("bootstrap", {"auc": 0.9}),
+        plan=RollbackPlan(None, None, "stop the service"),
+        policy={},
+        at=NIGHT,
+    )
 
     @dg.asset
-    def registered_model() -> dg.MaterializeResult:
-        return dg.MaterializeResult(value=record)
+    def promotion_decision() -> dg.MaterializeResult:
+        return dg.MaterializeResult(value=decision)
 
-    return dg.materialize(
-        [registered_model],
+    dg.materialize(
+        [promotion_decision],
         instance=instance,
         resources={"io_manager": RecordIOManager(project.home.records)},
     )
+    return decision
 
 
 def look(project: Project, instance: dg.DagsterInstance, cursor: str | None = None) -> Any:
     context = dg.build_sensor_context(
         instance=instance, cursor=cursor, resources={"project": project}
     )
-    return bento_for_new_version.evaluate_tick(context)
+    with warnings.catch_warnings():
+        # SQLAlchemy's, about how MLflow's first import of its store is written.
+        warnings.simplefilter("ignore")
+        return promotion_decided.evaluate_tick(context)
 
 
-def test_a_version_in_staging_gets_a_bento_once(
+def test_a_decision_to_promote_is_carried_to_a_run_once(
     project: Project, instance: dg.DagsterInstance
 ) -> None:
-    register(project, instance, "3", "Staging")
+    decision = decided(project, instance, "promote")
     first = look(project, instance)
-    assert [request.run_key for request in first.run_requests] == ["bento-3"]
+    assert [request.run_key for request in first.run_requests] == [decision.id]
     assert not look(project, instance, first.cursor).run_requests
 
-    register(project, instance, "4", "Staging")
+    another = decided(project, instance, "promote")
     second = look(project, instance, first.cursor)
-    assert [request.run_key for request in second.run_requests] == ["bento-4"]
+    assert [request.run_key for request in second.run_requests] == [another.id]
+    assert another.id != decision.id
 
 
-def test_a_version_with_a_bento_gets_no_other(
-    project: Project, instance: dg.DagsterInstance
+def test_a_decision_that_was_carried_out_asks_for_no_run(
+    project: Project, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(project, instance, "3", "Staging")
-    bento = BentoRecord("churn:v3", "path", "3", "v3", {}, {}, 1.0)
-    folder = project.home.records / "churn_bento"
-    folder.mkdir()
-    (folder / "latest.json").write_bytes(msgspec.json.encode(bento))
+    decision = decided(project, instance, "promote")
+    move = Move("3", "Staging", "Production")
+    step = Step(1, (move,), {}, POLICY, "because", NIGHT, Evidence("bootstrap"), None, decision.id)
+    seen = Registry("churn", {}, {}, (step,))
+    monkeypatch.setattr("churn_assets.defs.sensors.read_registry", lambda *_: seen)
     looked = look(project, instance)
     assert not looked.run_requests
-    assert "has its bento" in looked.skip_message
+    assert "has been carried out" in looked.skip_message
 
 
-def test_a_version_that_was_not_let_in_gets_none(
-    project: Project, instance: dg.DagsterInstance
+@pytest.mark.parametrize(
+    ("verdict", "who", "says"),
+    [
+        ("wait", POLICY, "version 3: because"),
+        ("refuse", POLICY, "version 3: because"),
+        ("promote", "ada", "is carried out by the run it was approved in"),
+    ],
+)
+def test_no_other_decision_is_carried_out_by_itself(
+    project: Project, instance: dg.DagsterInstance, verdict: str, who: str, says: str
 ) -> None:
-    register(project, instance, "3", "None")
+    decided(project, instance, verdict, who)
     looked = look(project, instance)
     assert not looked.run_requests
-    assert "is in None" in looked.skip_message
+    assert says in looked.skip_message
 
 
 def test_a_run_that_failed_in_dagster_says_so_in_mlflow(

@@ -26,8 +26,9 @@ from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.defs.remote import RemoteDagster
 from churn_assets.defs.weekly import week_tags
 from churn_assets.errors import UserError
-from churn_assets.home import PROJECT_ROOT
+from churn_assets.home import PROJECT_ROOT, Home
 from churn_assets.lifecycle.bento import build_bento
+from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.release import build_release, reference_statistics
 from churn_assets.modeling.onnx_export import export_onnx
 from churn_assets.up import DAGSTER, MARKER, SERVERS, check_ports, free_port
@@ -144,14 +145,20 @@ def build_a_bento(home: Path) -> str:
         data_hash="hash",
         created_at=datetime(2025, 1, 1, tzinfo=UTC),
     )
-    return build_bento(release.directory, home / "bentoml", project_root=PROJECT_ROOT).tag
+    tag = build_bento(release.directory, home / "bentoml", project_root=PROJECT_ROOT).tag
+    made = release.manifest
+    point_at(
+        Home(home).current,
+        Current(tag, made.release_id, made.model_version, 1, datetime(2025, 1, 1, tzinfo=UTC)),
+    )
+    return tag
 
 
 def test_everything_answers_and_ctrl_c_ends_all_of_it(home: Path, tmp_path: Path) -> None:
     environment = environment_of(home)
     up = start(["-m", "churn_assets", "up"], environment, tmp_path / "up.log")
 
-    wait_for(lambda: "no bento yet" in up.text(), up)
+    wait_for(lambda: "nothing is in Production yet" in up.text(), up)
     tag = build_a_bento(home)
     health = json.loads(wait_for(lambda: get(up.url("service", "/health")), up))
     assert health["bento"] == tag
@@ -174,7 +181,7 @@ def test_everything_answers_and_ctrl_c_ends_all_of_it(home: Path, tmp_path: Path
     states |= {s["name"]: s["sensorState"]["status"] for s in repository["sensors"]}
     assert states == dict.fromkeys(states, "RUNNING")
     assert {"daily_refresh_schedule", "training_schedule", "drift_schedule"} <= states.keys()
-    assert "bento_for_new_version" in states
+    assert "promotion_decided" in states
     for server in SERVERS:
         wait_for(lambda s=server: f"{s.title:14} {up.url(s.name)}" in up.text(), up)
     ask_for_a_training_from_elsewhere(up.url("dagster"))

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import os
+import tempfile
+import warnings
+from collections.abc import Generator
 from datetime import date, timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
+from registry_cases import Model
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.windows import cutoff_of
+from churn_assets.lifecycle.experiments import ensure_experiment
 from churn_assets.modeling.split import Split, temporal_split
 from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
 
@@ -49,3 +57,29 @@ def frame(split: Split) -> pd.DataFrame:
 @pytest.fixture(scope="session")
 def trained(frame: pd.DataFrame, split: Split) -> TrainedModel:
     return fit(frame, split, FEATURE_NAMES, seed=42, policy=TrainingPolicy(n_jobs=2, trials=3))
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[MlflowClient]:
+    """MLflow's store, in memory where there is a place for it: a test makes hundreds of commits."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="churn-registry-", dir=memory) as folder:
+            yield store_in(Path(folder))
+    else:
+        yield store_in(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture
+def model(client: MlflowClient, tmp_path: Path) -> Model:
+    run = client.create_run(ensure_experiment(client, tmp_path))
+    return Model(client, f"churn-{run.info.run_id[:8]}", run.info.run_id)
+
+
+def store_in(folder: Path) -> MlflowClient:
+    with warnings.catch_warnings():
+        # SQLAlchemy's, about how MLflow makes its tables.
+        warnings.simplefilter("ignore")
+        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        ensure_experiment(client, folder / "artifacts")
+    return client

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from registry_cases import BOOTSTRAP, GATES, NOW, ROLLBACK, Model
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import (
@@ -18,81 +17,21 @@ from churn_assets.lifecycle.experiments import (
     installed_packages,
     reconcile,
 )
-from churn_assets.lifecycle.history import Evidence, RollbackPlan, Stage
+from churn_assets.lifecycle.history import (
+    Evidence,
+    RollbackPlan,
+    Stage,
+    in_production,
+    moment,
+)
 from churn_assets.lifecycle.registry import (
     INTENT_TAG,
     POLICY,
     TAG_LIMIT,
     get_version,
     read_registry,
-    register_version,
-    rollback_plan,
     rollback_target,
-    transition,
 )
-
-NOW = datetime(2026, 1, 2, tzinfo=UTC)
-GATES = Evidence("gates", {"auc": "auc 0.95 is at least 0.9"})
-BOOTSTRAP = Evidence("bootstrap", {"auc": 0.95})
-ROLLBACK = Evidence("rollback", {"reason": "it answers nonsense"})
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    folder = tmp_path_factory.mktemp("mlflow")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-        ensure_experiment(made, folder / "artifacts")
-    return made
-
-
-@dataclass
-class Model:
-    """A registered model of a test's own, and its moves with what a move usually needs."""
-
-    client: MlflowClient
-    name: str
-    run_id: str
-
-    def register(self) -> str:
-        tags = {"family": "forest"}
-        return register_version(
-            self.client, self.name, model_uri="/models/m", run_id=self.run_id, tags=tags
-        )
-
-    def read(self):
-        return read_registry(self.client, self.name)
-
-    def stages(self) -> dict[str, str]:
-        return {version.version: version.stage for version in self.read().versions.values()}
-
-    def move(self, version: str, target: Stage, **changes: Any):
-        given: dict[str, Any] = {"who": "pipeline", "why": "gates passed", "now": NOW}
-        given |= {"evidence": GATES, "plan": rollback_plan(self.read())}
-        return transition(self.client, self.name, version, target, **(given | changes))
-
-    def stage(self) -> str:
-        version = self.register()
-        self.move(version, "Staging")
-        return version
-
-    def promote(self, **changes: Any) -> str:
-        version = self.stage()
-        incumbent = self.read().production
-        evidence = (
-            Evidence("paired_replay", {"auc": 0.95}, incumbent=incumbent, rows=100)
-            if incumbent
-            else BOOTSTRAP
-        )
-        self.move(version, "Production", **({"who": "ada", "evidence": evidence} | changes))
-        return version
-
-
-@pytest.fixture
-def model(client: MlflowClient, tmp_path: Path) -> Model:
-    run = client.create_run(ensure_experiment(client, tmp_path))
-    return Model(client, f"churn-{run.info.run_id[:8]}", run.info.run_id)
 
 
 def test_a_version_starts_in_none_and_remembers_its_tags(model: Model):
@@ -201,6 +140,7 @@ def compared(**changes: Any) -> Evidence:
         ({"evidence": compared(rows=0)}, "no figures or no rows"),
         ({"evidence": compared(rows=None)}, "no figures or no rows"),
         ({"evidence": compared(figures={})}, "no figures or no rows"),
+        ({"evidence": compared(figures={"auc": float("nan")})}, "auc is nan; measure it again"),
         ({"who": POLICY, "evidence": compared(passed=False)}, "does not pass the policy"),
         ({"plan": None}, "needs a rollback plan that goes back to version 1"),
         ({"plan": RollbackPlan(None, None, "hope")}, "goes back to version 1"),
@@ -301,6 +241,41 @@ def test_a_clock_that_went_back_does_not_reorder_the_history(model: Model):
     model.promote()
     model.promote(now=NOW - timedelta(days=3))
     assert [step.at for step in model.read().history] == [NOW] * 4
+
+
+def at(day: str) -> datetime:
+    return datetime.fromisoformat(f"{day}T10:00+00:00")
+
+
+def test_what_was_in_production_on_a_day(model: Model):
+    first = model.promote(now=at("2026-03-01"), who="ada", why="the first")
+    second = model.promote(now=at("2026-03-03"), who="bob", why="better")
+    model.move(first, "Production", evidence=ROLLBACK, who="eve", why="worse", now=at("2026-03-05"))
+    history = model.read().history
+
+    def there(on: str) -> list[tuple[str, str]]:
+        return [(t.version, t.step.who) for t in in_production(history, moment(on))]
+
+    assert there("2026-02-28") == []
+    assert there("2026-03-01T09:59") == []
+    assert there("2026-03-01T10:00") == [(first, "ada")]
+    assert there("2026-03-02") == [(first, "ada")]
+    assert there("2026-03-03") == [(first, "ada"), (second, "bob")]
+    assert there("2026-03-03T10:00") == [(second, "bob")]
+    assert there("2026-03-03T12:00+03:00") == [(first, "ada")]
+    assert there("2026-03-04") == [(second, "bob")]
+    assert there("2027-01-01") == [(first, "eve")]
+    told = "\n".join(in_production(history, moment("2026-03-04"))[0].lines())
+    assert "since 2026-03-03 10:00:00, until 2026-03-05 10:00:00 UTC" in told
+    assert "bob: better" in told
+    assert f"paired_replay against version {first} on 100 rows: auc 0.95" in told
+    assert f"goes back to version {first}" in told
+
+
+@pytest.mark.parametrize("text", ["3 March", "2026-13-01", "2026-03-03T25:00", ""])
+def test_what_is_no_day_is_refused(text: str):
+    with pytest.raises(UserError, match="is no day; give one such as"):
+        moment(text)
 
 
 def test_a_registry_that_is_down_is_a_sentence(monkeypatch: pytest.MonkeyPatch):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
-import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +27,6 @@ from hypothesis.stateful import (
 from mlflow import MlflowClient
 
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.experiments import ensure_experiment
 from churn_assets.lifecycle.history import (
     Evidence,
     RollbackPlan,
@@ -188,25 +184,6 @@ class Rules:
         if ask.target == "Deleted":
             del self.stages[ask.version]
             self.good = [v for v in self.good if v != ask.version]
-
-
-def store(folder: Path) -> MlflowClient:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-        ensure_experiment(client, folder / "artifacts")
-    return client
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[MlflowClient]:
-    """A store in memory where there is such a place: thousands of small commits are waited for."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield store(tmp_path_factory.mktemp("mlflow"))
-        return
-    with tempfile.TemporaryDirectory(prefix="churn-registry-", dir=memory) as folder:
-        yield store(Path(folder))
 
 
 def numbers() -> Iterator[int]:

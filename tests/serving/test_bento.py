@@ -15,11 +15,11 @@ from types import ModuleType
 import msgspec
 import pytest
 from online_cases import CUTOFF, HOUR, content, until, write
-from serving_cases import PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
+from serving_cases import NOON, PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
 
 from churn_assets.contract.release import MODEL, Release, ReleaseError, read_release
 from churn_assets.errors import UserError
-from churn_assets.home import PROJECT_ROOT
+from churn_assets.home import PROJECT_ROOT, Home
 from churn_assets.lifecycle.bento import (
     Bento,
     bento_of_tag,
@@ -27,6 +27,7 @@ from churn_assets.lifecycle.bento import (
     newest_bento,
     pinned_requirements,
 )
+from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.serving import ask, ask_bento, free_port, serve
 
 ALLOWED_FILES = re.compile(
@@ -207,7 +208,7 @@ serving: {max_age_hours: 12, when_stale: flag}
 """
 
 
-def test_the_newest_bento_is_waited_for_served_with_the_online_store_and_stopped(
+def test_what_is_in_production_is_waited_for_served_with_the_online_store_and_stopped(
     bento: Bento, store: Path, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -220,8 +221,9 @@ def test_the_newest_bento_is_waited_for_served_with_the_online_store_and_stopped
     )  # fmt: skip
     assert foreground.stdout
     with foreground, foreground.stdout:
-        assert "no bento yet" in foreground.stdout.readline()
+        assert "nothing is in Production yet" in foreground.stdout.readline()
         shutil.copytree(store, tmp_path / "bentoml")
+        point_at(Home(tmp_path).current, Current(bento.tag, "release", "3", 1, NOON))
         for line in foreground.stdout:
             if f"{bento.tag} answers at http://127.0.0.1:{port}/predict" in line:
                 break
@@ -231,6 +233,14 @@ def test_the_newest_bento_is_waited_for_served_with_the_online_store_and_stopped
         write(tmp_path / "feast" / "online.db", *content(cutoffs={"c-1": CUTOFF - 13 * HOUR}))
         by_id = until(lambda: [a for a in [ask(url, {"customer_id": "c-1"})] if a.status == 200])
         assert by_id[0].json()["stale"] is True
+        # What cannot be served is told, and what serves goes on serving.
+        point_at(Home(tmp_path).current, Current("churn:gone", "release", "4", 2, NOON))
+        said = next(line for line in foreground.stdout if "churn:gone" in line)
+        assert f"{bento.tag} goes on serving" in said
+        Home(tmp_path).current.write_text("{")
+        said = next(line for line in foreground.stdout if "does not say what serves" in line)
+        assert f"{bento.tag} goes on serving" in said
+        assert ask(url, {"customer_id": "c-1"}).status == 200
         started = family(foreground.pid)
         assert len(started) >= 2
         foreground.terminate()

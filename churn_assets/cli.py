@@ -298,6 +298,21 @@ def _home_with_data() -> Home:
     return home
 
 
+@cli.command()
+@click.argument("version")
+def lineage(version: str) -> None:
+    """Print where a registered version comes from and what was made of it.
+
+    VERSION is the `model_version` of any prediction.
+    """
+    from churn_assets.lifecycle.lineage import lineage_of
+
+    home = Home.from_environment()
+    client, name = _registry(home)
+    for line in lineage_of(client, name, version, home).lines():
+        click.echo(line)
+
+
 def _registry(home: Home) -> tuple[MlflowClient, str]:
     from churn_assets.settings import load_settings
 

@@ -78,9 +78,18 @@ class Home:
         return self.root / "records"
 
     @property
+    def ledger(self) -> Path:
+        """Every evaluation on a held-out window, a JSON line each; it is only ever appended to."""
+        return self.root / "ledger" / "held_out.jsonl"
+
+    @property
     def reports(self) -> Path:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"
+
+    def model_card(self, version: str) -> Path:
+        """The folder of the card of a version."""
+        return self.reports / "models" / version
 
     @property
     def summary(self) -> Path:

@@ -35,7 +35,9 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
+from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
 
@@ -135,6 +137,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     serving: ServingSettings = ServingSettings()
     feast: FeastSettings = FeastSettings()
     training: TrainingPolicy = TrainingPolicy()
+    evaluation: EvaluationPolicy = EvaluationPolicy()
+    costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     promotion: PromotionPolicy = PromotionPolicy()
     registry: RetentionPolicy = RetentionPolicy()

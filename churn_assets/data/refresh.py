@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from churn_assets.data.late import (
     settle,
 )
 from churn_assets.data.quarantine import store_quarantine
-from churn_assets.data.ranges import customer_ranges
+from churn_assets.data.ranges import CustomerRange, customer_ranges
 from churn_assets.data.results import is_spark, to_arrow
 from churn_assets.data.schema import features_schema
 from churn_assets.data.sources import Source
@@ -165,13 +166,26 @@ def compute_features(
 ) -> Iterator[pa.Table]:
     """The rows of `customer_features`, computed for one range of customers after the other.
 
-    In ascending order of the ranges; within one the rows come in no order. Raises UserError as
-    `scan_look_back` does.
+    In ascending order of the ranges; within one the rows come in no order. The next range is
+    computed, on a thread of its own, while the caller does something with the last: `con` is not
+    the caller's until the end. Raises UserError as `scan_look_back` does.
     """
     scans = scan_look_back(lake, con, tables, first, last, windows, data_start=data_start)
-    for customers in customer_ranges(lake, scans, first, last, windows, step_days=step_days):
+
+    def compute(customers: CustomerRange) -> pa.Table:
         events = {name: customers.of(table) for name, table in scans.items()}
-        yield to_arrow(customer_features(events, first, last, windows, step_days=step_days))
+        return to_arrow(customer_features(events, first, last, windows, step_days=step_days))
+
+    ranges = customer_ranges(lake, scans, first, last, windows, step_days=step_days)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(compute, ranges[0])
+        for customers in ranges[1:]:
+            computed = waiting.result()
+            waiting = pool.submit(compute, customers)
+            yield computed
+            # Not two of them beside the one that is being computed.
+            del computed
+        yield waiting.result()
 
 
 def refresh_labels(

@@ -4,25 +4,48 @@ import tempfile
 from pathlib import Path
 
 import dagster as dg
-import msgspec
 
 from churn_assets.data.training_set import restore_training_set
-from churn_assets.defs.metadata import figures_table, gates_table, plot, scores_table
+from churn_assets.defs.metadata import (
+    against_table,
+    figures_table,
+    gates_table,
+    intervals_table,
+    offers_table,
+    plot,
+    scores_table,
+    segments_table,
+)
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.defs.training import split_of
-from churn_assets.lifecycle.records import EvaluationRecord, GateRecord, ModelRecord
+from churn_assets.lifecycle.incumbent import production_model
+from churn_assets.lifecycle.judgement import asked, judgement, look_at
+from churn_assets.lifecycle.ledger import record_look
+from churn_assets.lifecycle.model_card import Evidence, write_card
+from churn_assets.lifecycle.records import ModelRecord
 from churn_assets.lifecycle.release import build_release, reference_statistics
 from churn_assets.lifecycle.serving import measure_release
-from churn_assets.lifecycle.tracking import load_onnx, load_sklearn, log_evaluation
-from churn_assets.modeling.gates import judge_gates
+from churn_assets.lifecycle.tracking import load_onnx, load_sklearn, log_card, log_evaluation
 from churn_assets.modeling.held_out import judge_held_out
+from churn_assets.modeling.onnx_export import session_latency
 
+LIMITS = SETTINGS.quality_gates
 GATES = {
-    "accuracy": f"Accuracy of at least {SETTINGS.quality_gates.accuracy:g}.",
-    "auc": f"ROC AUC of at least {SETTINGS.quality_gates.auc:g}.",
+    "accuracy": f"Accuracy of at least {LIMITS.accuracy:g}.",
+    "auc": f"ROC AUC of at least {LIMITS.auc:g}.",
     "p95_latency_ms": (
-        f"95 % of single predictions over HTTP within {SETTINGS.quality_gates.p95_latency_ms:g} ms."
+        f"95 % of single predictions over HTTP within {LIMITS.p95_latency_ms:g} ms."
+    ),
+    "calibration_error": (
+        f"P(churn) and the share that churned lie at most {LIMITS.calibration_error:g} apart."
+    ),
+    "segment_auc": f"ROC AUC of at least {LIMITS.segment_auc:g} in every segment.",
+    "auc_over_recency": (
+        f"The AUC is surely more than {LIMITS.auc_over_recency:g} above that of recency alone."
+    ),
+    "log_loss_over_production": (
+        "The log loss is not surely worse than that of the model in production on the same rows."
     ),
 }
 
@@ -44,11 +67,18 @@ def evaluation_report(
     """The judgement of a version: figures beside baselines, latency as served, a gate each.
 
     Figures are of the ONNX graph, the one that would be served; latency is measured over HTTP on
-    the service started from the candidate's own release.
+    the service started from the candidate's own release. The look at the held-out window goes into
+    the ledger before it happens.
     """
-    data = trained_model.training_set
+    data, client = trained_model.training_set, project.mlflow_client()
     frame = restore_training_set(project.lake, data.data_hash).to_pandas()
     onnx = load_onnx(trained_model, project.home.mlflow_uri)
+    incumbent = production_model(client, trained_model.name, project.home.mlflow_uri)
+    production, problem = asked(incumbent, data.features)
+    use = record_look(
+        project.home.ledger,
+        look_at(frame, trained_model, SETTINGS.windows, context.run_id, project.now()),
+    )
     judged = judge_held_out(
         frame,
         split_of(data),
@@ -57,8 +87,12 @@ def evaluation_report(
         estimator=load_sklearn(trained_model, project.home.mlflow_uri),
         fitted_on=trained_model.fitted_on,
         oracle=project.oracle(),
+        tenure=project.tenure_days,
+        production=production,
         threshold=SETTINGS.training.decision_threshold,
         seed=SETTINGS.seed,
+        policy=SETTINGS.evaluation,
+        costs=SETTINGS.costs,
     )
     release = build_release(
         project.home.releases,
@@ -74,25 +108,42 @@ def evaluation_report(
         created_at=project.now(),
     )
     latency = measure_release(release.directory, judged.requests, scratch=project.home.root)
-    metrics = judged.evaluation.figures() | latency.figures()
-    gates = judge_gates(SETTINGS.quality_gates, metrics)
-    record = EvaluationRecord(
-        model=trained_model,
-        metrics=metrics,
-        gates=tuple(msgspec.convert(gate.to_dict(), GateRecord) for gate in gates),
+    times = latency.figures() | session_latency(onnx, judged.golden[0])
+    record = judgement(
+        trained_model,
+        judged,
+        times,
+        SETTINGS.quality_gates,
+        incumbent=incumbent,
+        problem=problem,
+        use=use,
         release_dir=str(release.directory),
         release_id=release.manifest.release_id,
+        at=project.now(),
     )
     with tempfile.TemporaryDirectory() as folder:
-        log_evaluation(project.mlflow_client(), record, judged.plots, Path(folder))
+        log_evaluation(client, record, judged.plots, Path(folder))
+    card = write_card(
+        project.home.model_card(trained_model.version),
+        Evidence(record, project.about_model(trained_model.mlflow_run)),
+        judged.plots,
+    )
+    log_card(client, trained_model.mlflow_run, card)
     return dg.MaterializeResult(
         value=record,
         metadata={
+            "model_card": dg.MetadataValue.url(project.report_url(card.page)),
             "verdict": "passed" if record.passed else "refused",
             "version": trained_model.version,
             "gates": gates_table(record.gates),
             "figures": scores_table(judged.evaluation),
-            "latency": figures_table([latency.figures() | {"requests": latency.requests}]),
+            "intervals": intervals_table(record.intervals),
+            "model_minus_others": against_table(record.against),
+            "segments": segments_table(record.segments),
+            "offers": offers_table(judged.profit, judged.at_offers),
+            "held_out_window": use.sentence,
+            "production": incumbent.version if incumbent else "no production model",
+            "latency": figures_table([times | {"requests": latency.requests}]),
             **{name: plot(png, name) for name, png in judged.plots.items()},
             "mlflow_run": dg.MetadataValue.url(project.mlflow_run_url(trained_model.mlflow_run)),
         },

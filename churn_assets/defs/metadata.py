@@ -15,7 +15,10 @@ from churn_assets.data.checks import CheckResult
 from churn_assets.data.tables import RawTable
 from churn_assets.lifecycle.history import Step, Tenure
 from churn_assets.lifecycle.records import GateRecord
-from churn_assets.modeling.metrics import Evaluation
+from churn_assets.modeling.bootstrap import Interval, interval_text
+from churn_assets.modeling.costs import ProfitCurve
+from churn_assets.modeling.metrics import Evaluation, Scores
+from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
 
@@ -215,6 +218,8 @@ def scores_table(evaluation: Evaluation) -> dg.TableMetadataValue:
             "f1": scores.f1,
             "log_loss": scores.log_loss,
             "brier": scores.brier,
+            "calibration_error": scores.calibration_error,
+            "top_decile_lift": scores.top_decile_lift,
         }
         for name, scores in compared.items()
         if scores is not None
@@ -222,6 +227,66 @@ def scores_table(evaluation: Evaluation) -> dg.TableMetadataValue:
     if evaluation.oracle_auc is not None:
         rows.append(dict.fromkeys(rows[0]) | {"of": "oracle", "auc": evaluation.oracle_auc})
     return figures_table(rows)
+
+
+def intervals_table(figures: Mapping[str, Interval]) -> dg.TableMetadataValue:
+    """A line each figure, with its interval."""
+    return figures_table(
+        [
+            {"figure": name, "value": one.value, "low": one.low, "high": one.high}
+            for name, one in figures.items()
+        ]
+    )
+
+
+def against_table(against: Mapping[str, Mapping[str, Interval]]) -> dg.TableMetadataValue:
+    """A line for each figure of the model minus that of another, on the same rows."""
+    return figures_table(
+        [
+            {"model minus": other, "figure": name}
+            | {"difference": one.value, "low": one.low, "high": one.high}
+            for other, figures in against.items()
+            for name, one in figures.items()
+        ]
+    )
+
+
+def offers_table(profit: ProfitCurve, scores: Scores) -> dg.TableMetadataValue:
+    """What offers above the threshold of the cost matrix would have earned, a customer."""
+    return figures_table(
+        [
+            {
+                "offer above P": profit.threshold,
+                "customers": f"{profit.offered:.1%}",
+                "profit": interval_text(profit.profit),
+                "best in hindsight": f"{profit.best_profit:.4f} above {profit.best_threshold:.2f}",
+                "offer to everyone": profit.everyone,
+                "knowing who leaves": profit.perfect,
+                "accuracy there": scores.accuracy,
+                "f1 there": scores.f1,
+            }
+        ]
+    )
+
+
+def segments_table(segments: Sequence[Segment]) -> dg.TableMetadataValue:
+    """A line each segment."""
+    return figures_table(
+        [
+            {
+                "by": segment.by,
+                "segment": segment.name,
+                "rows": segment.rows,
+                "churn_rate": segment.churn_rate,
+                **{
+                    name: interval_text(segment.figures[name])
+                    for name in ("auc", "accuracy", "log_loss", "calibration_error")
+                },
+                "judged": segment.too_small or "yes",
+            }
+            for segment in segments
+        ]
+    )
 
 
 def gates_table(gates: Sequence[GateRecord]) -> dg.TableMetadataValue:

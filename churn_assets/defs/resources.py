@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from churn_assets.contract.features import Feature, features_for
 from churn_assets.data.engines import open_duckdb, open_engine
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
-from churn_assets.data.windows import labelled_partition
+from churn_assets.data.windows import labelled_partition, partition_of_cutoff
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
+from churn_assets.lifecycle.model_card import About
 from churn_assets.settings import Settings
 from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
@@ -81,6 +84,15 @@ class Project:
         if not isinstance(source, ShopSourceConfig):
             return None
         return Shop(source.shop, self.settings.calendar.start).churn_probability
+
+    def tenure_days(self, customers: Sequence[str], cutoff: datetime) -> NDArray[np.float64]:
+        """Days from the first appearance of each customer to `cutoff`; NaN where it is unknown."""
+        last = partition_of_cutoff(cutoff)
+        first = self.settings.calendar.start
+        seen = self.lake.read("customers", first, last, columns=["customer_id", "occurred_at"])
+        appeared = seen.to_pandas().groupby("customer_id")["occurred_at"].min()
+        days = (cutoff - appeared.reindex(list(customers))) / timedelta(days=1)
+        return np.floor(days.to_numpy(dtype=np.float64))
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -144,6 +156,26 @@ class Project:
     def report_url(self, path: Path) -> str:
         """Where `make up` serves a page of the home's reports."""
         return f"{REPORTS.url}{path.relative_to(self.home.reports).as_posix()}"
+
+    def about_model(self, mlflow_run: str) -> About:
+        """What a model card needs to know of the settings and of the run."""
+        settings = self.settings
+        tags = self.mlflow_client().get_run(mlflow_run).data.tags
+        dirty = ", changed" if tags.get("git_dirty") == "true" else ""
+        return About(
+            team=settings.team,
+            use_case=settings.use_case,
+            source=settings.describe_source(),
+            activity_days=settings.windows.activity_days,
+            horizon_days=settings.windows.horizon_days,
+            decision_threshold=settings.training.decision_threshold,
+            confidence=settings.evaluation.confidence,
+            offer=settings.costs.offer,
+            customer_value=settings.costs.customer_value,
+            success_rate=settings.costs.success_rate,
+            mlflow_url=self.mlflow_run_url(mlflow_run),
+            commit=f"{tags.get('git_commit', 'unknown')}{dirty}",
+        )
 
     def mlflow_client(self) -> MlflowClient:
         """A client of this home's tracking and registry store."""

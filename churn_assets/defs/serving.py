@@ -8,10 +8,12 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.bento import build_bento
+from churn_assets.lifecycle.model_card import add_bento
 from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.records import BentoRecord, ProductionRelease
-from churn_assets.lifecycle.registry import read_registry
+from churn_assets.lifecycle.registry import get_version, read_registry
 from churn_assets.lifecycle.serving import ask_bento
+from churn_assets.lifecycle.tracking import log_card
 
 
 @dg.asset(
@@ -55,6 +57,12 @@ def churn_bento(
         response=answer.response,
         latency_ms=answer.latency_ms,
     )
+    card = add_bento(project.home.model_card(record.model_version), bento.tag)
+    if card is not None:
+        version = get_version(
+            project.mlflow_client(), production_release.name, record.model_version
+        )
+        log_card(project.mlflow_client(), str(version.run_id), card)
     registry = read_registry(project.mlflow_client(), production_release.name)
     if answer.as_expected and registry.production == production_release.version:
         current = Current(
@@ -68,6 +76,7 @@ def churn_bento(
     return dg.MaterializeResult(
         value=record,
         metadata={
+            **({"model_card": dg.MetadataValue.url(project.report_url(card.page))} if card else {}),
             "tag": record.tag,
             "path": dg.MetadataValue.path(record.path),
             "request": record.request,

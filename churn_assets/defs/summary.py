@@ -18,7 +18,16 @@ from churn_assets.lifecycle.records import BentoRecord, DriftRecord, EvaluationR
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.up import DAGSTER, MLFLOW
 
-COMPARED = ("auc", "accuracy", "brier", "log_loss", "f1")
+COMPARED = (
+    "auc",
+    "accuracy",
+    "brier",
+    "log_loss",
+    "f1",
+    "pr_auc",
+    "calibration_error",
+    "top_decile_lift",
+)
 
 
 def collect(
@@ -58,6 +67,15 @@ def collect(
                 baseline: {name: metrics.get(f"{baseline}_{name}") for name in COMPARED}
                 for baseline in ("recency", "majority")
             },
+        },
+        "evidence": {
+            "held_out": record.held_out_use.sentence if record.held_out_use else None,
+            "use": record.held_out_use.number if record.held_out_use else None,
+            "intervals": msgspec.to_builtins(record.intervals),
+            "model_minus": msgspec.to_builtins(record.against),
+            "segments": msgspec.to_builtins(record.segments),
+            "offers": {k: v for k, v in metrics.items() if k.startswith("offer_")},
+            "production": record.paired_replay.incumbent if record.paired_replay else None,
         },
         "gates": [msgspec.to_builtins(gate) for gate in record.gates],
         "refused_by": dict(refused_by),
@@ -123,7 +141,18 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
     ]
     if model["oracle_auc"] is not None:
         shown.append(_scores("oracle (latent state)", {"auc": model["oracle_auc"]}))
-    shown.append("")
+    known = summary["evidence"]["intervals"]
+    ranges = ", ".join(
+        f"{title} {found['low']:.3f} to {found['high']:.3f}"
+        for name, title in (("auc", "AUC"), ("accuracy", "accuracy"), ("brier", "Brier"))
+        if (found := known[name])["low"] is not None
+    )
+    shown += [
+        f"  intervals   {ranges}",
+        f"  offers      {_offers(summary['evidence']['offers'])}",
+        f"  held out    {summary['evidence']['held_out']}",
+        "",
+    ]
     for gate in summary["gates"]:
         shown.append(f"  gate        {'passed ' if gate['passed'] else 'REFUSED'} {gate['reason']}")
     registered = summary["registered"]
@@ -168,6 +197,14 @@ def _quarantined(by_table: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
         f"{table}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
         for table, counts in by_table.items()
+    )
+
+
+def _offers(found: Mapping[str, float]) -> str:
+    return (
+        f"above P = {found['offer_threshold']:.3f} (cost matrix) to {found['offer_share']:.0%} of "
+        f"customers: {found['offer_profit']:+.2f} a customer, to everyone "
+        f"{found['offer_profit_everyone']:+.2f}; accuracy there {found['offer_accuracy']:.4f}"
     )
 
 

@@ -29,7 +29,7 @@ from churn_assets.defs.resources import Project
 from churn_assets.defs.weekly import REASON, stop_unless_first
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.records import TrainingSetRecord
-from churn_assets.lifecycle.tracking import log_trained_model, log_training_set
+from churn_assets.lifecycle.tracking import TrialLog, log_trained_model, log_training_set
 from churn_assets.modeling.onnx_export import check_parity, export_onnx
 from churn_assets.modeling.plausibility import judge_single_features
 from churn_assets.modeling.rows import rows_of
@@ -194,7 +194,7 @@ def trained_model(
     mlflow: dg.ResourceParam[Any],
     training_set: TrainingSetRecord,
 ):
-    """The best of three families in a rolling-origin backtest, calibrated, as ONNX too.
+    """The best found of three families in a rolling-origin backtest, calibrated, as ONNX too.
 
     It enters the registry in stage None. Only the ONNX form is ever served, and only when it
     answers as scikit-learn does.
@@ -208,6 +208,7 @@ def trained_model(
         seed=SETTINGS.seed,
         policy=SETTINGS.training,
         progress=context.log.info,
+        on_trial=TrialLog(project.mlflow_client(), mlflow.active_run().info.run_id),
     )
     onnx = export_onnx(trained.estimator, len(training_set.features))
     held_out = rows_of(frame, [split.test])[list(training_set.features)].to_numpy(dtype=float)

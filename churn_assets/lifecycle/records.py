@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, datetime
 
 import msgspec
 
 from churn_assets.lifecycle.history import Step
+from churn_assets.lifecycle.ledger import Use
+from churn_assets.modeling.bootstrap import Interval, interval_text
+from churn_assets.modeling.calibration import Calibration
+from churn_assets.modeling.costs import ProfitCurve
+from churn_assets.modeling.segments import Segment
 
 
 class TrainingSetRecord(msgspec.Struct, frozen=True):
@@ -19,6 +24,31 @@ class TrainingSetRecord(msgspec.Struct, frozen=True):
     train: tuple[date, ...]
     calibration: date
     test: date
+
+
+class FoldLine(msgspec.Struct, frozen=True):
+    """The chosen candidate at one origin of the backtest. Days are feature days."""
+
+    judged: date
+    calibrated: date | None
+    trained_first: date
+    trained_last: date
+    rows: int
+    log_loss: float
+    auc: float | None
+    recency_auc: float | None
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """How a model was chosen: why, among how many candidates, and what the backtest showed."""
+
+    reason: str
+    candidates: int
+    folds_wanted: int
+    params: dict[str, str | int | float | bool | None]
+    trials_wanted: int
+    backtest: tuple[FoldLine, ...]
+    calibration: Calibration
 
 
 class ModelRecord(msgspec.Struct, frozen=True):
@@ -37,6 +67,7 @@ class ModelRecord(msgspec.Struct, frozen=True):
     fitted_on: tuple[date, ...]
     parity_max_difference: float | None
     training_set: TrainingSetRecord
+    choice: Choice | None = None
 
 
 class GateRecord(msgspec.Struct, frozen=True):
@@ -49,14 +80,47 @@ class GateRecord(msgspec.Struct, frozen=True):
     reason: str
 
 
+class PairedReplay(msgspec.Struct, frozen=True):
+    """Two versions on the same held-out rows: evidence of the kind `paired_replay`.
+
+    differences: log loss, AUC and Brier score of the candidate minus those of the incumbent, each
+    with its interval. no_worse: whether the gate found the candidate not surely worse.
+    """
+
+    incumbent: str
+    day: date
+    rows: int
+    differences: dict[str, Interval]
+    no_worse: bool
+
+    def figures(self) -> dict[str, str]:
+        """The differences in words."""
+        return {
+            f"{name} minus that of version {self.incumbent}": interval_text(difference)
+            for name, difference in self.differences.items()
+        }
+
+
 class EvaluationRecord(msgspec.Struct, frozen=True):
-    """The judgement of one version on the latest labelled window."""
+    """The judgement of one version on the latest labelled window.
+
+    intervals: figures of the model. against: log loss, AUC and Brier score of the model minus those
+    of majority, recency and production. profit: of offers by this model. paired_replay: the
+    comparison with the version in Production; None when there is none, or it could not be asked.
+    """
 
     model: ModelRecord
     metrics: dict[str, float]
     gates: tuple[GateRecord, ...]
     release_dir: str
     release_id: str
+    at: datetime | None = None
+    intervals: dict[str, Interval] = {}
+    against: dict[str, dict[str, Interval]] = {}
+    segments: tuple[Segment, ...] = ()
+    profit: ProfitCurve | None = None
+    paired_replay: PairedReplay | None = None
+    held_out_use: Use | None = None
 
     @property
     def passed(self) -> bool:

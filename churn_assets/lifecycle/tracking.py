@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from churn_assets.lifecycle.experiments import environment_tags, installed_packages
-from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
+from churn_assets.lifecycle.records import (
+    Choice,
+    EvaluationRecord,
+    FoldLine,
+    ModelRecord,
+    TrainingSetRecord,
+)
 from churn_assets.lifecycle.registry import register_version
 from churn_assets.modeling.training import best_of_families
 
@@ -21,8 +28,13 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
+    from churn_assets.lifecycle.model_card import Card
+    from churn_assets.modeling.backtest import CandidateResult
     from churn_assets.modeling.onnx_export import Parity
     from churn_assets.modeling.training import TrainedModel
+
+PARENT_TAG = "mlflow.parentRunId"
+_OF_TRIALS = ("log_loss", "auc", "accuracy", "brier")
 
 # skops refuses these unless they are named: their files hold node indices that scikit-learn
 # follows without a bounds check. They are trusted because this run has just trained them.
@@ -83,6 +95,7 @@ def log_trained_model(
             "selected_by": trained.selected_by,
             "seed": trained.seed,
             "fitted_rows": trained.fitted_rows,
+            "trials": trained.trials,
             **{f"model_{key}": value for key, value in trained.params.items()},
         }
     )
@@ -137,36 +150,124 @@ def log_trained_model(
         fitted_on=trained.fitted_on,
         parity_max_difference=parity.max_difference,
         training_set=training_set,
+        choice=_choice(trained),
     )
+
+
+def _choice(trained: TrainedModel) -> Choice:
+    return Choice(
+        reason=trained.reason,
+        candidates=trained.trials,
+        trials_wanted=trained.trials_wanted,
+        folds_wanted=trained.folds_wanted,
+        params=trained.params,
+        backtest=tuple(
+            FoldLine(
+                judged=result.fold.judged,
+                calibrated=result.fold.calibration,
+                trained_first=result.fold.train[0],
+                trained_last=result.fold.train[-1],
+                rows=result.scores.rows,
+                log_loss=result.scores.log_loss,
+                auc=result.scores.auc,
+                recency_auc=result.recency_auc,
+            )
+            for result in trained.chosen.folds
+        ),
+        calibration=trained.calibration,
+    )
+
+
+class TrialLog:
+    """Logs each trial of a search as a run of its own, nested in the run of the training.
+
+    They carry no Dagster run's tag: that one names the run of the training alone.
+    """
+
+    def __init__(self, client: MlflowClient, parent: str) -> None:
+        self._client = client
+        self._parent = parent
+        self._experiment = client.get_run(parent).info.experiment_id
+        self._begun = int(time.time() * 1000)
+
+    def __call__(self, number: int, candidate: CandidateResult) -> None:
+        """Log trial `number`, counted from 0, which has just ended."""
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        run = self._client.create_run(
+            self._experiment,
+            start_time=self._begun,
+            run_name=f"trial {number + 1} {candidate.family}",
+            tags={
+                PARENT_TAG: self._parent,
+                "family": candidate.family,
+                "given_up": str(candidate.pruned).lower(),
+            },
+        ).info.run_id
+        figures = {name: candidate.figure(name) for name in _OF_TRIALS}
+        self._client.log_batch(
+            run,
+            metrics=[
+                *(Metric(name, value, now, 0) for name, value in figures.items()),
+                *(
+                    Metric(f"fold_{name}", getattr(result.scores, name), now, step)
+                    for step, result in enumerate(candidate.folds)
+                    for name in _OF_TRIALS
+                ),
+            ],
+            params=[Param(name, str(value)) for name, value in candidate.params.items()],
+        )
+        self._client.set_terminated(run, end_time=now)
+        self._begun = now
 
 
 def log_evaluation(
     client: MlflowClient, record: EvaluationRecord, plots: Mapping[str, bytes], folder: Path
 ) -> None:
     """Put the judgement and its plots on the run that trained the model, and on the version."""
-    run_id = record.model.mlflow_run
-    for name, value in record.metrics.items():
-        client.log_metric(run_id, name, value)
+    from mlflow.entities import Metric
+
+    run_id, now = record.model.mlflow_run, int(time.time() * 1000)
+    figures = dict(record.metrics)
+    for name, found in record.intervals.items():
+        if found.low is not None and found.high is not None:
+            figures |= {f"{name}_low": found.low, f"{name}_high": found.high}
+    client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in figures.items()])
     client.log_dict(run_id, msgspec.to_builtins(record), "evaluation/report.json")
     for name, png in plots.items():
         path = folder / f"{name}.png"
         path.write_bytes(png)
         client.log_artifact(run_id, str(path), "evaluation")
     refused = ", ".join(gate.name for gate in record.gates if not gate.passed)
+    if record.held_out_use is not None:
+        client.set_tag(run_id, "held_out_use", record.held_out_use.sentence)
     client.set_tag(run_id, "gates", f"refused by {refused}" if refused else "passed")
-    client.set_model_version_tag(
-        record.model.name, record.model.version, "gates", "refused" if refused else "passed"
-    )
+    name, version = record.model.name, record.model.version
+    client.set_model_version_tag(name, version, "gates", "refused" if refused else "passed")
+    client.set_model_version_tag(name, version, "release_id", record.release_id)
+
+
+def log_card(client: MlflowClient, run_id: str, card: Card) -> None:
+    """Put a model card with its plots on the run that trained the model."""
+    for path in sorted(card.folder.iterdir()):
+        if path.suffix in (".html", ".md", ".png"):
+            client.log_artifact(run_id, str(path), "model_card")
 
 
 def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:
     """The ONNX graph of a registered model, as it was logged."""
+    return onnx_of(record.onnx_uri, tracking_uri)
+
+
+def onnx_of(model_uri: str, tracking_uri: str) -> bytes:
+    """The ONNX graph logged at `model_uri`."""
     import mlflow
     import mlflow.onnx
 
     mlflow.set_tracking_uri(tracking_uri)
     with _quiet("mlflow"):
-        return mlflow.onnx.load_model(record.onnx_uri).SerializeToString()
+        return mlflow.onnx.load_model(model_uri).SerializeToString()
 
 
 def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:

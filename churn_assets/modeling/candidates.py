@@ -37,10 +37,10 @@ DEFAULT_PARAMS: Mapping[Family, Mapping[str, Any]] = {
 STARTS: Mapping[Family, Mapping[str, Any]] = {
     "logistic_regression": {"C": 1.0},
     "random_forest": {
-        "n_estimators": 60,
+        "n_estimators": 50,
         "max_depth": 9,
         "min_samples_leaf": 10,
-        "max_samples": 0.5,
+        "max_samples": 0.4,
         "class_weight": None,
     },
     "hist_gradient_boosting": {

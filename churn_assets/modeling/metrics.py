@@ -20,6 +20,9 @@ Bools = NDArray[np.bool_]
 # Float32 scores of an ONNX tree ensemble may end a rounding error outside of [0, 1].
 ROUNDING = 1e-5
 
+CALIBRATION_BINS = 10
+TOP_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -27,8 +30,8 @@ class Scores:
 
     accuracy, f1: at `threshold` (churned is predicted when P > threshold).
     auc: area under the ROC curve. pr_auc: average precision. log_loss: mean, natural logarithm.
-    brier: mean squared error of P. mean_prediction beside churn_rate shows whether P is
-    too high or too low as a whole.
+    brier: mean squared error of P. calibration_error, top_decile_lift: see the functions of these
+    names. mean_prediction beside churn_rate shows whether P is too high or too low as a whole.
     A figure that has no value on these rows is None, and `undefined` says why.
     """
 
@@ -42,6 +45,8 @@ class Scores:
     pr_auc: float | None
     log_loss: float
     brier: float
+    calibration_error: float
+    top_decile_lift: float | None
     undefined: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +125,8 @@ def score(y: ArrayLike, p: ArrayLike, *, threshold: float = 0.5) -> Scores:
         ),
         log_loss=float(metrics.log_loss(truth, probability, labels=[False, True])),
         brier=float(np.mean((probability - truth) ** 2)),
+        calibration_error=calibration_error(truth, probability),
+        top_decile_lift=None if "auc" in undefined else top_decile_lift(truth, probability),
         undefined=undefined,
     )
 
@@ -139,6 +146,46 @@ def auc(y: ArrayLike, ranking: ArrayLike) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(truth, values))
+
+
+def calibration_bins(p: ArrayLike) -> NDArray[np.int64]:
+    """The bin [rows] of each probability: ten bins of equally many rows, in order of P.
+
+    Rows with the same P share the bin most of them fall into, so that their order does not matter.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    distinct, of_row, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    wanted = min(CALIBRATION_BINS, len(distinct))
+    return np.minimum((middle / len(values) * wanted).astype(np.int64), wanted - 1)[of_row]
+
+
+def calibration_error(y: ArrayLike, p: ArrayLike) -> float:
+    """How far P is from the share that churned: the mean over the rows of the gap of their bin.
+
+    Method: expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) in bins of equal
+    size.
+    """
+    truth, probability = _outcomes(y), _probabilities(p)
+    _same_length(truth, probability)
+    gaps = np.bincount(calibration_bins(probability), weights=probability - truth)
+    return float(np.abs(gaps).sum() / len(truth))
+
+
+def top_decile_lift(y: ArrayLike, ranking: ArrayLike) -> float | None:
+    """Churn rate of the tenth of the rows ranked highest, divided by that of all.
+
+    Rows that tie at the edge count in part. None when nobody churned.
+    """
+    truth, values = _outcomes(y), np.asarray(ranking, dtype=np.float64)
+    _same_length(truth, values)
+    if not truth.any():
+        return None
+    _, group, sizes = np.unique(-values, return_inverse=True, return_counts=True)
+    rates = np.bincount(group, weights=truth) / sizes
+    target = TOP_SHARE * len(truth)
+    taken = np.clip(target - (np.cumsum(sizes) - sizes), 0, sizes)
+    return float((taken * rates).sum() / target / truth.mean())
 
 
 def evaluate(
@@ -172,26 +219,35 @@ def evaluate(
     )
 
 
+def fit_recency(train_y: ArrayLike, train_recency: ArrayLike, recency: ArrayLike) -> Floats:
+    """P(churn) [rows] of days since the last order: the best monotone fit to the training rows."""
+    from sklearn.isotonic import IsotonicRegression
+
+    learned = _outcomes(train_y)
+    # The bounds keep a run of equal outcomes from becoming certainty (Laplace's rule).
+    margin = 1.0 / (len(learned) + 2)
+    fit = IsotonicRegression(y_min=margin, y_max=1 - margin, out_of_bounds="clip")
+    fit.fit(np.asarray(train_recency, dtype=np.float64), learned.astype(np.float64))
+    return fit.predict(np.asarray(recency, dtype=np.float64))
+
+
 def _score_recency(
     y: ArrayLike, recency: ArrayLike, train_y: Bools, train_recency: ArrayLike, threshold: float
 ) -> Scores:
-    from sklearn.isotonic import IsotonicRegression
-
     days = np.asarray(recency, dtype=np.float64)
-    # The bounds keep a run of equal outcomes from becoming certainty (Laplace's rule).
-    margin = 1.0 / (len(train_y) + 2)
-    fit = IsotonicRegression(y_min=margin, y_max=1 - margin, out_of_bounds="clip")
-    fit.fit(np.asarray(train_recency, dtype=np.float64), train_y.astype(np.float64))
-    fitted = score(y, fit.predict(days), threshold=threshold)
+    fitted = score(y, fit_recency(train_y, train_recency, days), threshold=threshold)
     # The fit is flat in places and so ties what the raw number ranks: rank by the number.
     truth = _outcomes(y)
-    ranked: float | None = None
-    precision: float | None = None
-    if fitted.auc is not None:
-        from sklearn.metrics import average_precision_score
+    if fitted.auc is None:
+        return fitted
+    from sklearn.metrics import average_precision_score
 
-        ranked, precision = auc(truth, days), float(average_precision_score(truth, days))
-    return replace(fitted, auc=ranked, pr_auc=precision)
+    return replace(
+        fitted,
+        auc=auc(truth, days),
+        pr_auc=float(average_precision_score(truth, days)),
+        top_decile_lift=top_decile_lift(truth, days),
+    )
 
 
 def permutation_importance(

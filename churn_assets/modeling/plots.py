@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from churn_assets.modeling.costs import ProfitCurve
 from churn_assets.modeling.metrics import Importance, auc
 
 if TYPE_CHECKING:
@@ -183,6 +184,30 @@ def score_histogram(y: ArrayLike, p: ArrayLike, *, threshold: float = 0.5) -> by
     _style(axes, "Predicted P(churn) by outcome", "Predicted P(churn)", "Customers", grid="y")
     _thousands(axes)
     axes.legend(loc="upper center", framealpha=1, edgecolor="white", fontsize=10)
+    return _png(figure)
+
+
+def profit_plot(curve: ProfitCurve) -> bytes:
+    """What an offer to everyone above a P(churn) would have earned, a customer."""
+    figure = _figure(4.2)
+    axes = figure.add_subplot()
+    axes.plot(curve.thresholds, curve.profits, color=MODEL, linewidth=2, label="Model")
+    axes.axhline(curve.perfect, color=REFERENCE, linestyle=":", label="Knowing who leaves")
+    axes.axhline(curve.everyone, color=CHURNED, linestyle=":", label="An offer to everyone")
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.axvline(
+        curve.threshold,
+        color=INK,
+        linestyle="--",
+        linewidth=1.2,
+        label=f"The cost matrix: P = {curve.threshold:.3f}",
+    )
+    low = min(0.0, curve.everyone, *(p for p in curve.profits if p > -curve.perfect))
+    span = curve.perfect - low
+    axes.set_ylim(low - 0.05 * span, curve.perfect + 0.08 * span)
+    axes.set_xlim(0, 1)
+    _style(axes, "Profit of offers", "Offer to customers with P(churn) above", "Profit a customer")
+    axes.legend(loc="lower right", framealpha=1, edgecolor="white", fontsize=9.5)
     return _png(figure)
 
 

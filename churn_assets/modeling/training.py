@@ -1,7 +1,8 @@
-"""Choose a candidate by a backtest, fit it on every training cutoff, and calibrate it."""
+"""Search for a candidate by a backtest, fit it on every training cutoff, and calibrate it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -14,13 +15,13 @@ from churn_assets.errors import UserError
 from churn_assets.modeling.backtest import (
     CandidateResult,
     fitted,
-    judge_fold,
     predict_churn,
     usable_folds,
 )
 from churn_assets.modeling.calibration import Calibration, fit_calibration
-from churn_assets.modeling.candidates import FAMILIES, STARTS, Family
+from churn_assets.modeling.candidates import FAMILIES, Family
 from churn_assets.modeling.rows import joined, parts_of
+from churn_assets.modeling.search import Effort, search
 from churn_assets.modeling.split import Split, rolling_origins
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class TrainingPolicy:
     optimal only for the true probability (a proper score) and that does punish being sure and
     wrong. AUC would not see that a probability is off by a factor.
     families: the candidates, in the order that breaks ties.
+    trials: how many candidates are tried, at least one of each family. time_budget_s: seconds after
+    which no further one is; it ends a search that is too slow for the machine.
     decision_threshold: predicted to churn when P(churn) is above it; what accuracy and F1 use.
     n_jobs: most threads to train on, -1 for every core.
     """
@@ -50,6 +53,8 @@ class TrainingPolicy:
     folds: int = 3
     select_by: Criterion = "log_loss"
     families: tuple[Family, ...] = FAMILIES
+    trials: int = 12
+    time_budget_s: float = 60.0
     decision_threshold: float = 0.5
     n_jobs: int = -1
 
@@ -71,6 +76,15 @@ class TrainingPolicy:
                 f"training.families is {list(self.families)}; "
                 f"name one or more of {', '.join(FAMILIES)}, each once"
             )
+        if self.trials < len(self.families):
+            raise UserError(
+                f"training.trials is {self.trials}; set at least {len(self.families)}, one for "
+                "each of training.families"
+            )
+        if not 0 < self.time_budget_s < math.inf:
+            raise UserError(
+                f"training.time_budget_s is {self.time_budget_s}; set a positive number of seconds"
+            )
         if not 0 < self.decision_threshold < 1:
             raise UserError(
                 f"training.decision_threshold is {self.decision_threshold}; "
@@ -78,6 +92,18 @@ class TrainingPolicy:
             )
         if self.n_jobs == 0 or self.n_jobs < -1:
             raise UserError(f"training.n_jobs is {self.n_jobs}; set -1 or a number of threads")
+
+    @property
+    def effort(self) -> Effort:
+        """How long to search for what."""
+        return Effort(
+            families=self.families,
+            trials=self.trials,
+            seconds=self.time_budget_s,
+            select_by=self.select_by,
+            n_jobs=self.n_jobs,
+            threshold=self.decision_threshold,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,9 @@ class TrainedModel:
     calibration: Calibration
     candidates: tuple[CandidateResult, ...]
     selected_by: Criterion
+    folds_wanted: int
+    trials: int
+    trials_wanted: int
     fitted_on: tuple[date, ...]
     fitted_rows: int
     seed: int
@@ -131,6 +160,9 @@ class TrainedModel:
             "calibration": self.calibration.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "selected_by": self.selected_by,
+            "folds_wanted": self.folds_wanted,
+            "trials": self.trials,
+            "trials_wanted": self.trials_wanted,
             "reason": self.reason,
             "fitted_on": [day.isoformat() for day in self.fitted_on],
             "fitted_rows": self.fitted_rows,
@@ -155,12 +187,14 @@ def fit(
     seed: int,
     policy: TrainingPolicy | None = None,
     progress: Callable[[str], None] | None = None,
+    on_trial: Callable[[int, CandidateResult], None] | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> TrainedModel:
-    """Compare the candidates by a backtest, fit the best on the training cutoffs, calibrate it.
+    """Search by a backtest, fit the best candidate on the training cutoffs, calibrate it.
 
     frame: columns cutoff (UTC timestamp), the features, churned (bool); one row per customer and
-    cutoff. The test cutoff is not looked at. The same frame, split, features and seed give the
-    same model. progress is told a line per candidate.
+    cutoff. The test cutoff is not looked at. The same frame, split, features, seed and number of
+    trials give the same model. progress is told a line per trial, on_trial its number and result.
     Raises UserError when a cutoff has no rows, a feature is not finite, or a part has one class.
     """
     from churn_assets.modeling.calibrated_classifier import CalibratedClassifier
@@ -183,30 +217,24 @@ def fit(
     folds = usable_folds(parts, rolling_origins(split, policy.folds))
     if len(folds) < policy.folds:
         tell(f"the history has room for {len(folds)} of {policy.folds} folds of the backtest")
-    results: list[CandidateResult] = []
-    for family in policy.families:
-        judged = tuple(
-            judge_fold(
-                parts,
-                fold,
-                family,
-                STARTS[family],
-                features=features,
-                seed=seed,
-                n_jobs=policy.n_jobs,
-                threshold=policy.decision_threshold,
-            )
-            for fold in folds
-        )
-        result = CandidateResult(family, dict(STARTS[family]), judged)
-        results.append(result)
+
+    def told(number: int, result: CandidateResult) -> None:
+        given_up = ", given up" if result.pruned else ""
         tell(
-            f"{family}: log loss {result.figure('log_loss'):.4f}, AUC {result.figure('auc'):.4f} "
-            f"over {len(judged)} folds, {result.seconds:.1f} s"
+            f"trial {number + 1} of {policy.trials}, {result.family}: log loss "
+            f"{result.figure('log_loss'):.4f}, AUC {result.figure('auc'):.4f} over "
+            f"{len(result.folds)} of {len(folds)} folds{given_up}, {result.seconds:.1f} s"
         )
-    sign = -1 if policy.select_by == "auc" else 1
-    results.sort(key=lambda result: sign * result.figure(policy.select_by))
-    best = results[0]
+        if on_trial is not None:
+            on_trial(number, result)
+
+    searched = search(parts, folds, features, policy.effort, seed=seed, on_trial=told, clock=clock)
+    if searched.out_of_time:
+        tell(
+            f"the time budget of {policy.time_budget_s:g} s was used up after {searched.trials} of "
+            f"{searched.wanted} trials; raise training.time_budget_s for a reproducible search"
+        )
+    best = searched.candidates[0]
     plain = fitted(train, best.family, best.params, seed=seed, n_jobs=policy.n_jobs)
     line = fit_calibration(held_back.y, predict_churn(plain, held_back.x))
     tell(
@@ -221,8 +249,11 @@ def fit(
         features=tuple(features),
         split=split,
         calibration=line,
-        candidates=tuple(results),
+        candidates=searched.candidates,
+        trials=searched.trials,
+        trials_wanted=searched.wanted,
         selected_by=policy.select_by,
+        folds_wanted=policy.folds,
         fitted_on=split.train,
         fitted_rows=len(train.y),
         seed=seed,

@@ -240,11 +240,12 @@ def mlflow_of(home: Path) -> Any:
 
 
 def mlflow_runs(home: Path) -> list[Any]:
-    """MLflow's runs, newest first."""
+    """MLflow's runs of trainings, newest first, without the trials nested in them."""
     client = mlflow_of(home)
     if client is None:
         return []
-    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
 @dataclass(frozen=True)

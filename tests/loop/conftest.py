@@ -25,7 +25,7 @@ SHOP: Mapping[str, Any] = {
 MORE_DAYS = {
     **SHOP,
     "calendar": {"start": "2024-01-01", "days": 223},
-    "training": {"families": ["logistic_regression"]},
+    "training": {"families": ["logistic_regression"], "trials": 2},
     # What is compared is not what these tests are about.
     "promotion": {"mode": "automatic", "margin": 0.5},
 }
@@ -102,8 +102,15 @@ OWN_TABLES: Mapping[str, Any] = {
     "calendar": {"start": "2024-01-01", "end": "2024-03-31"},
     "windows": {"activity_days": 30, "horizon_days": 10},
     "data_gate": {"min_rows": 500},
-    "training": {"families": ["logistic_regression"]},
-    "quality_gates": {"accuracy": 0.5, "auc": 0.5, "p95_latency_ms": 5000},
+    "training": {"families": ["logistic_regression"], "trials": 2},
+    "quality_gates": {
+        "accuracy": 0.5,
+        "auc": 0.5,
+        "p95_latency_ms": 5000,
+        "calibration_error": 0.2,
+        "segment_auc": 0.4,
+        "auc_over_recency": -0.1,
+    },
 }
 
 

@@ -39,6 +39,15 @@ ASSETS = (
     "churn_bento",
     "drift_report",
 )
+GATES = (
+    "accuracy",
+    "auc",
+    "p95_latency_ms",
+    "calibration_error",
+    "segment_auc",
+    "auc_over_recency",
+    "log_loss_over_production",
+)
 CHECKS = {
     "customer_features.schema",
     "customer_features.nulls",
@@ -50,9 +59,7 @@ CHECKS = {
     "training_set.no_feature_too_good",
     "training_set.no_row_lost",
     "trained_model.onnx_parity",
-    "evaluation_report.accuracy",
-    "evaluation_report.auc",
-    "evaluation_report.p95_latency_ms",
+    *(f"evaluation_report.{name}" for name in GATES),
     "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
@@ -118,9 +125,20 @@ def test_the_summary_has_every_figure(first_run: Run):
         assert all(0 <= b[figure] <= 1 for b in model["baselines"].values())
     assert model["auc"] > model["baselines"]["recency"]["auc"] > 0.5
     assert model["brier"] < model["baselines"]["recency"]["brier"]
-    assert [g["name"] for g in summary["gates"]] == ["accuracy", "auc", "p95_latency_ms"]
+    assert [g["name"] for g in summary["gates"]] == list(GATES)
     assert all(g["passed"] and g["reason"] for g in summary["gates"])
-    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000]
+    assert [g["limit"] for g in summary["gates"]] == [0.85, 0.9, 5000, 0.05, 0.65, 0, 0]
+    evidence = summary["evidence"]
+    assert evidence["use"] == 1
+    assert evidence["production"] is None
+    assert set(evidence["model_minus"]) == {"majority", "recency"}
+    for name, found in evidence["intervals"].items():
+        assert found["value"] == pytest.approx(model[name])
+        assert found["low"] < found["high"]
+    offers = evidence["offers"]
+    assert offers["offer_threshold"] == pytest.approx(10 / (120 * 0.3))
+    assert offers["offer_profit"] > max(0, offers["offer_profit_everyone"])
+    assert {s["by"] for s in evidence["segments"]} == {"tenure", "value", "activity"}
     assert summary["gates"][1]["value"] == model["auc"]
     assert summary["registered"] == {"version": "1", "stage": "Production"}
     assert summary["promotion"]["verdict"] == "promote"
@@ -226,6 +244,25 @@ def test_mlflow_tracks_all_of_a_training(first_run: Run):
     assert metrics["onnx_parity_max_difference"] <= 1e-5
 
 
+def test_every_trial_of_the_search_is_a_run_nested_in_the_training(first_run: Run):
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    nested = [
+        trial
+        for trial in client.search_runs([run.info.experiment_id])
+        if trial.data.tags.get("mlflow.parentRunId") == run.info.run_id
+    ]
+    assert len(nested) == int(run.data.params["trials"]) == 12
+    assert {trial.info.status for trial in nested} == {"FINISHED"}
+    assert all("dagster_run_id" not in trial.data.tags for trial in nested)
+    best = min(
+        (trial for trial in nested if trial.data.tags["given_up"] == "false"),
+        key=lambda trial: trial.data.metrics["log_loss"],
+    )
+    assert best.data.tags["family"] == run.data.params["family"]
+    for name, value in best.data.params.items():
+        assert run.data.params[f"model_{name}"] == value
+
+
 def test_mlflow_keeps_the_artifacts_of_a_training(first_run: Run):
     client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
     kept = {
@@ -263,7 +300,7 @@ def test_the_first_version_is_in_production_with_its_models(first_run: Run):
     assert version.tags["data_hash"] == first_run.summary["data_hash"]
     staged, promoted = first_run.seen.history
     assert (staged.source, staged.target, staged.who) == ("None", "Staging", "pipeline")
-    assert {"accuracy", "auc", "p95_latency_ms"} <= set(staged.evidence.figures)
+    assert set(staged.evidence.figures) == set(GATES)
     assert (promoted.source, promoted.target, promoted.who) == (
         "Staging",
         "Production",
@@ -321,6 +358,58 @@ def test_versions_are_listed(first_run: Run):
     assert " Production " in line
     assert "gates passed" in line
     assert first_run.summary["data_hash"][:12] in line
+
+
+def test_a_prediction_leads_back_to_its_data(first_run: Run):
+    summary = first_run.summary
+    version = summary["prediction"]["response"]["model_version"]
+    told = asked(first_run.home, "lineage", version)
+    (run,) = first_run.seen.mlflow
+    card = first_run.home / "reports" / "models" / version / "card.html"
+    for line in (
+        f"data         {summary['data_hash']}",
+        f"dagster run  {run.data.tags['dagster_run_id']}",
+        f"mlflow run   {run.info.run_id}  FINISHED",
+        f"version      churn {version}  ",
+        f"bento        {summary['bento']}  of release v1-",
+        f"held out     {LAST - timedelta(days=HORIZON)}, looked at ",
+        "version 1  None -> Staging  by pipeline",
+        f"model card   {card}",
+    ):
+        assert line in told, line
+    release = re.search(r"^release      (v1-\w+)$", told, re.MULTILINE)
+    assert release is not None
+    assert summary["bento"].startswith(f"churn:{release[1]}-")
+    with pytest.raises(UserError, match="no version 99 of churn"):
+        asked(first_run.home, "lineage", "99")
+
+
+def test_the_model_card_is_written_from_the_evidence(first_run: Run):
+    summary, evidence = first_run.summary, first_run.summary["evidence"]
+    folder = first_run.home / "reports" / "models" / "1"
+    card, page = ((folder / name).read_text() for name in ("card.md", "card.html"))
+    auc = evidence["intervals"]["auc"]
+    for said in (
+        "# churn, version 1",
+        "It passed every gate.",
+        f"| AUC | {auc['value']:.4f} ({auc['low']:.4f} to {auc['high']:.4f}) |",
+        summary["data_hash"],
+        summary["bento"],
+        "first time",
+        "## Limits",
+    ):
+        assert said in card, said
+    assert all(s["name"] in card for s in evidence["segments"])
+    assert page.count('src="data:image/png;base64,') == card.count("![") == 6
+    assert "<table>" in page
+    client, (run,) = mlflow_of(first_run.home), first_run.seen.mlflow
+    kept = {file.path for file in client.list_artifacts(run.info.run_id, "model_card")}
+    assert {"model_card/card.md", "model_card/card.html", "model_card/reliability.png"} <= kept
+    for asset in ("evaluation_report", "churn_bento"):
+        event = first_run.seen.materialized[asset][1].asset_materialization
+        assert event.metadata["model_card"].value.endswith("/models/1/card.html")
+    logged = Path(run.info.artifact_uri.removeprefix("file://")) / "model_card" / "card.md"
+    assert logged.read_text() == card
 
 
 def test_the_history_says_what_is_in_production(first_run: Run):
@@ -423,7 +512,10 @@ def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
     assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9999", done.out)
     assert "nothing was promoted" in done.out
     assert list(summary["refused_by"]) == ["evaluation_report.auc"]
-    assert [g["passed"] for g in summary["gates"]] == [True, False, True]
+    assert [g["name"] for g in summary["gates"] if not g["passed"]] == ["auc"]
+    # Versions 2 and 3 were judged on the same day, version 1 on that of three days before.
+    assert summary["evidence"]["use"] == 3
+    assert "used for the 3rd time (before: version 2, 3)" in done.out
     assert summary["bento"] is summary["prediction"] is None
 
 

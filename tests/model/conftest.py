@@ -56,7 +56,7 @@ def frame(split: Split) -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def trained(frame: pd.DataFrame, split: Split) -> TrainedModel:
-    return fit(frame, split, FEATURE_NAMES, seed=42, policy=TrainingPolicy(n_jobs=2))
+    return fit(frame, split, FEATURE_NAMES, seed=42, policy=TrainingPolicy(n_jobs=2, trials=3))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from churn_assets.modeling.metrics import auc, evaluate, score
+from churn_assets.modeling.metrics import (
+    auc,
+    calibration_bins,
+    calibration_error,
+    evaluate,
+    score,
+    top_decile_lift,
+)
 
 Y = np.array([False, False, True, True])
 P = np.array([0.1, 0.6, 0.4, 0.9])
@@ -129,3 +136,34 @@ def test_auc_is_the_chance_to_rank_a_churner_higher(rows: list[tuple[bool, int]]
         return
     wins = sum((g > k) + (g == k) / 2 for g in gone for k in kept)
     assert found == pytest.approx(wins / (len(gone) * len(kept)))
+
+
+def test_the_calibration_error_by_hand() -> None:
+    y = np.repeat([False, True], [60, 40])
+    assert calibration_error(y, np.full(100, 0.4)) == pytest.approx(0.0)
+    assert calibration_error(y, np.full(100, 0.5)) == pytest.approx(0.1)
+    two = np.repeat([0.1, 0.8], [60, 40])
+    assert calibration_error(y, two) == pytest.approx(0.6 * 0.1 + 0.4 * 0.2)
+    # Gaps of bins do not cancel: half is too high, half too low.
+    assert calibration_error([False, False, True, True], [0.3, 0.3, 0.7, 0.7]) == pytest.approx(0.3)
+
+
+def test_calibration_bins_are_of_equal_size_and_keep_ties_together() -> None:
+    p = np.random.default_rng(1).permutation(np.linspace(0, 1, 1000))
+    assert np.bincount(calibration_bins(p)).tolist() == [100] * 10
+    tied = np.r_[np.zeros(850), np.linspace(0.5, 1, 150)]
+    bins = calibration_bins(tied)
+    assert len(set(bins[:850])) == 1
+    order = np.random.default_rng(2).permutation(1000)
+    np.testing.assert_array_equal(calibration_bins(tied[order]), bins[order])
+
+
+def test_the_lift_of_the_top_tenth_by_hand() -> None:
+    y = np.arange(100) < 20
+    assert top_decile_lift(y, -np.arange(100)) == pytest.approx(5.0)
+    assert top_decile_lift(y, np.arange(100)) == 0.0
+    assert top_decile_lift(y, np.zeros(100)) == pytest.approx(1.0)
+    half = np.where(np.arange(100) < 5, 2.0, 0.0)
+    expected = (5 + 5 * 15 / 95) / 10 / 0.2
+    assert top_decile_lift(y, half) == pytest.approx(expected)
+    assert top_decile_lift([False, False], [0.1, 0.2]) is None

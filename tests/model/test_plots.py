@@ -10,6 +10,8 @@ from PIL import Image
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.modeling import plots
+from churn_assets.modeling.bootstrap import Resampling
+from churn_assets.modeling.costs import CostPolicy, profit_curve
 from churn_assets.modeling.metrics import Importance
 from churn_assets.modeling.rows import rows_of
 from churn_assets.modeling.split import Split
@@ -38,6 +40,7 @@ def test_every_plot_is_wide_enough_to_read_at_700_pixels(frame: pd.DataFrame, sp
         plots.roc_plot(Y, P, recency=P * 90),
         plots.reliability_plot(Y, P),
         plots.score_histogram(Y, P),
+        plots.profit_plot(profit_curve(Y, P, CostPolicy(), Resampling(50), seed=1)),
         plots.feature_distributions(rows_of(frame, [split.test]), FEATURE_NAMES),
     ]
     for png in made:

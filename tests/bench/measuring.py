@@ -22,7 +22,19 @@ from typing import Any
 import psutil
 
 Figures = dict[str, Any]
-_PACKAGES = ("duckdb", "feast", "ibis-framework", "numpy", "pandas", "pyarrow", "redis")
+_PACKAGES = (
+    "duckdb",
+    "feast",
+    "ibis-framework",
+    "numpy",
+    "pandas",
+    "optuna",
+    "pandera",
+    "pyarrow",
+    "pyspark",
+    "redis",
+    "scikit-learn",
+)
 
 
 def measure(function: str, *arguments: Any, runs: int = 1) -> Figures:
@@ -105,7 +117,7 @@ def main(function: str, arguments: str) -> None:
         *json.loads(arguments)
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(figures | {"peak_mb": round(peak)}))
+    print(json.dumps({"peak_mb": round(peak)} | figures))
 
 
 if __name__ == "__main__":

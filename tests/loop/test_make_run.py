@@ -18,7 +18,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from command import RAW, ROOT, Run, assert_readable, churn, days_of, mlflow_of
+from command import RAW, ROOT, Run, assert_readable, churn, days_of, look, mlflow_of
 
 from churn_assets.cli import cli
 from churn_assets.contract.features import FEATURE_NAMES
@@ -644,7 +644,7 @@ def test_the_gates_refuse_online_retail_and_say_why(retail):
     assert re.search(r"gate +REFUSED accuracy 0\.\d+ is below 0\.85", done.out)
     assert re.search(r"gate +REFUSED auc 0\.\d+ is below 0\.9\b", done.out)
     assert "nothing was promoted" in done.out
-    (version,) = mlflow_of(home).search_model_versions()
+    (version,) = look(home).versions.values()
     assert version.tags["stage"] == "None"
     assert not (home / "bentoml" / "bentos").exists()
 

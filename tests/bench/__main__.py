@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import engines, features, online, validation
+from tests.bench import engines, features, model, online, validation
 from tests.bench.measuring import Figures, store
 
 BENCHES = {
@@ -14,6 +14,7 @@ BENCHES = {
     "online": online.run,
     "engines": engines.run,
     "validation": validation.run,
+    "model": model.run,
 }
 
 

@@ -28,10 +28,12 @@ _PACKAGES = (
     "ibis-framework",
     "numpy",
     "pandas",
+    "optuna",
     "pandera",
     "pyarrow",
     "pyspark",
     "redis",
+    "scikit-learn",
 )
 
 

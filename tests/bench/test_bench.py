@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from churn_assets.contract.features import FEATURES
 from churn_assets.data.lake import Lake
 from churn_assets.data.windows import days_between
+from churn_assets.simulator.shop import Shop
 from tests.bench import __main__ as command
-from tests.bench import engines, events, features, online, validation
+from tests.bench import engines, events, features, model, online, validation
 from tests.bench.events import FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY, Size
 
 
@@ -85,6 +88,43 @@ def test_validation_is_measured_on_the_same_verdicts(tmp_path: Path) -> None:
         ("validation/20000-clean", "pandera"),
         ("validation/20000-faulty", "in memory"),
     }
+
+
+def test_the_model_is_measured_against_one_that_sees_far_more(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("CHURN_ONLINE_RETAIL", raising=False)
+    lines = model.run(tmp_path, customers=300, days=250)
+    assert [(line["case"], line["metric"], line["peer"]) for line in lines] == [
+        ("model/shop", "auc", "reference"),
+        ("model/shop", "auc", "oracle"),
+        ("model/shop", "auc", "recency"),
+    ]
+    against, oracle, recency = (line["theirs"] for line in lines)
+    assert recency < against < oracle
+    for line in lines:
+        assert line["ratio"] == pytest.approx(line["ours"] / line["theirs"], abs=1e-3)
+
+
+def test_the_reference_has_the_five_features_and_fifty_more(tmp_path: Path) -> None:
+    settings, params = model._shop(200)
+    start = settings.calendar.start
+    shop, day = Shop(params, start), start + timedelta(days=150)
+    last = day + timedelta(days=30)
+    tables = {name: shop.events(name, start, last) for name in model._COUNTED}
+    rich = model._rich(tables, day, settings).set_index("customer_id")
+    assert len(rich.columns) == 5 + 50 + 1
+    lake = model._with_events(Lake(str(tmp_path)), settings, last)
+    plain = model._frame(lake, settings, [day]).set_index("customer_id")
+    assert set(rich.index) == set(plain.index)
+    rich = rich.loc[plain.index]
+    assert (rich["churned"] == plain["churned"]).all()
+    for theirs, ours in (
+        ("orders_30", "total_orders_30d"),
+        ("support_tickets_90", "support_tickets_90d"),
+        ("whole_days", "days_since_last_order"),
+    ):
+        assert (rich[theirs].fillna(0) == plain[ours]).all(), ours
+    assert np.allclose(rich["mean_amount"] / 100, plain["avg_order_value"])
+    assert np.allclose(rich["login_frequency"].fillna(0), plain["login_frequency_7d"])
 
 
 def test_a_bench_that_is_not_there(capsys) -> None:

@@ -40,6 +40,17 @@ NONSENSE = {
     "AUC": (SHOP | {"quality_gates": {"auc": 1.5}}, "auc is 1.5; set a number from 0 to 1"),
     "accuracy": (SHOP | {"quality_gates": {"accuracy": "high"}}, "Expected `float`, got `str`"),
     "latency": (SHOP | {"quality_gates": {"p95_latency_ms": -1}}, "p95_latency_ms is -1.0; set a"),
+    "not a number": (
+        SHOP | {"quality_gates": {"calibration_error": float("nan")}},
+        "quality_gates.calibration_error is nan; set a number from 0 to 1",
+    ),
+    "negative gate": (
+        SHOP | {"quality_gates": {"log_loss_over_production": -0.1}},
+        "log_loss_over_production is -0.1; set a number from 0 to 10",
+    ),
+    "no offer pays": (SHOP | {"costs": {"offer": 99}}, "so no offer ever pays; set a lower offer"),
+    "no interval": (SHOP | {"evaluation": {"resamples": 3}}, "resamples is 3; set a number from"),
+    "no trial": (SHOP | {"training": {"trials": 0}}, "trials is 0; set at least 3, one for each"),
     "no rows asked": (SHOP | {"data_gate": {"min_rows": 0}}, "min_rows is 0; set at least 1"),
     "horizon": (SHOP | {"windows": {"horizon_days": 0}}, "horizon_days is 0; set at least 1"),
     "time zone": (SHOP | {"schedules": {"timezone": "Mars"}}, "no time zone Mars; write one such"),

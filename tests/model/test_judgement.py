@@ -178,7 +178,7 @@ def test_an_incumbent_that_cannot_be_asked_is_missing_evidence(
 
 
 def test_a_collapsed_segment_refuses(candidate: Candidate, frame: pd.DataFrame) -> None:
-    """Customers with no order in 30 days churn or stay by chance, whatever their features say."""
+    """Customers with one order in 30 days churn or stay by chance, whatever their features say."""
     broken = frame.copy()
     there = (broken["cutoff"] == pd.Timestamp(cutoff_of(candidate.trained.split.test))) & (
         broken["total_orders_30d"] == 1

@@ -138,6 +138,11 @@ class Home:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            # A server that hangs is told of after two minutes, not after a quarter of an hour.
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": os.environ.get(
+                "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
+            ),
             "MLFLOW_LOGGING_LEVEL": os.environ.get("MLFLOW_LOGGING_LEVEL", "WARNING"),
             "GIT_PYTHON_REFRESH": "quiet",
         }

@@ -54,6 +54,8 @@ def open_spark(master: str, memory: str, conf: Mapping[str, str], spill: str) ->
         "spark.driver.maxResultSize": "0",
         # Days are listed here, not by a job of their own.
         "spark.sql.sources.parallelPartitionDiscovery.threshold": "100000",
+        # A day is a small file of its own; at the usual price of opening one, each is a task.
+        "spark.sql.files.openCostInBytes": "65536",
         "spark.sql.warehouse.dir": f"{spill}/spark-warehouse",
         **({"spark.local.dir": spill} if master.startswith("local") else {}),
         **(

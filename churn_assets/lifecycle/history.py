@@ -166,13 +166,14 @@ def moment(text: str) -> date | datetime:
 def known_good(history: Sequence[Step]) -> list[str]:
     """The versions Production could go back to in turn, the one in Production last.
 
-    A version that was rolled back from is none of them, unless a person put it back.
+    A version that was rolled back from is none of them, unless a person put it back: then it stands
+    above the one that was there meanwhile.
     """
     good: list[str] = []
     for step in history:
         if step.target == "Production":
-            if step.source == "Archived":
-                good = good[: good.index(step.version)] if step.version in good else good[:-1]
+            if step.version in good:
+                good = good[: good.index(step.version)]
             good.append(step.version)
         elif step.target == "Deleted" and step.version in good:
             good.remove(step.version)

@@ -61,6 +61,7 @@ HISTORY_PREFIX = "history."
 TAG_LIMIT = 5000
 LOCK_WAIT_S = 20.0
 
+LOGGED_MODEL = re.compile(r"models:/(m-\w+)")
 _HISTORY_TAG = re.compile(r"history\.\d{6,}\Z")
 _READS = 50
 
@@ -146,8 +147,14 @@ def register_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    # A server takes the URI of a logged model only beside the model's id.
+    logged = LOGGED_MODEL.fullmatch(model_uri)
     version = client.create_model_version(
-        name, source=model_uri, run_id=run_id, tags={**tags, STAGE_TAG: "None"}
+        name,
+        source=model_uri,
+        run_id=run_id,
+        tags={**tags, STAGE_TAG: "None"},
+        model_id=logged[1] if logged else None,
     )
     return str(version.version)
 

@@ -33,7 +33,7 @@ from churn_assets.contract.release import (
 )
 from churn_assets.contract.risk import RiskThresholds
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.registry import Version
+from churn_assets.lifecycle.registry import LOGGED_MODEL, Version
 from churn_assets.modeling.onnx_export import predict_onnx
 
 if TYPE_CHECKING:
@@ -227,6 +227,9 @@ def _fetch_model(client: MlflowClient, source: str, folder: Path) -> bytes:
     import mlflow
 
     folder.mkdir(parents=True, exist_ok=True)
+    if logged := LOGGED_MODEL.fullmatch(source):
+        # MLflow would look the model up wherever this process tracks by default.
+        source = client.get_logged_model(logged[1]).artifact_location
     found = mlflow.artifacts.download_artifacts(
         artifact_uri=source, dst_path=str(folder), tracking_uri=client.tracking_uri
     )

@@ -6,10 +6,16 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import features, model, online
+from tests.bench import engines, features, model, online, validation
 from tests.bench.measuring import Figures, store
 
-BENCHES = {"features": features.run, "online": online.run, "model": model.run}
+BENCHES = {
+    "features": features.run,
+    "online": online.run,
+    "engines": engines.run,
+    "validation": validation.run,
+    "model": model.run,
+}
 
 
 def main(names: list[str]) -> int:

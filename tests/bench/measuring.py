@@ -29,7 +29,9 @@ _PACKAGES = (
     "numpy",
     "pandas",
     "optuna",
+    "pandera",
     "pyarrow",
+    "pyspark",
     "redis",
     "scikit-learn",
 )
@@ -115,7 +117,7 @@ def main(function: str, arguments: str) -> None:
         *json.loads(arguments)
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(figures | {"peak_mb": round(peak)}))
+    print(json.dumps({"peak_mb": round(peak)} | figures))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from churn_assets.data.lake import Lake
 from churn_assets.data.windows import days_between
 from churn_assets.simulator.shop import Shop
 from tests.bench import __main__ as command
-from tests.bench import events, features, model, online
+from tests.bench import engines, events, features, model, online, validation
 from tests.bench.events import FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY, Size
 
 
@@ -57,6 +58,36 @@ def test_online_loads_are_measured_against_feast(tmp_path: Path, monkeypatch, ca
     table = Lake(str(tmp_path / "online-2000")).read("customer_features")
     assert table.num_rows == 2_000
     assert set(table.column_names) == {"customer_id", "cutoff", *(f.name for f in FEATURES)}
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java; install Java 17")
+def test_engines_are_measured_on_the_same_work(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(events.SIZES, "XS", Size("XS", 100, 3_000))
+    monkeypatch.setattr(engines, "DAILY_TOO", False)
+    lines = engines.run(tmp_path, ("XS",), "local[1]")
+    assert [(line["case"], line["metric"], line["peer"]) for line in lines] == [
+        ("engines/XS", "seconds", "spark"),
+        ("engines/XS", "cpu_seconds", "spark"),
+        ("engines/XS", "peak_mb", "spark"),
+        ("engines/XS", "start_seconds", "spark"),
+    ]
+    lake = Lake(str(tmp_path / "XS"))
+    changed = lake.read("features_by_spark", LAST_CUTOFF_DAY).slice(1)
+    changed = changed.append_column(
+        "day", pa.array([LAST_CUTOFF_DAY] * changed.num_rows, pa.date32())
+    )
+    lake.write("features_by_spark", LAST_CUTOFF_DAY, LAST_CUTOFF_DAY, changed, day_of="day")
+    with pytest.raises(RuntimeError, match="are not the same"):
+        engines.require_same(lake, daily=False)
+
+
+def test_validation_is_measured_on_the_same_verdicts(tmp_path: Path) -> None:
+    lines = validation.run(tmp_path, 20_000)
+    assert {(line["case"], line["peer"]) for line in lines} == {
+        ("validation/20000-clean", "in memory"),
+        ("validation/20000-clean", "pandera"),
+        ("validation/20000-faulty", "in memory"),
+    }
 
 
 def test_the_model_is_measured_against_one_that_sees_far_more(tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from dirt import (
     FEATURE_VALUES,
     ORDER_VALUES,
     PLACE,
+    drawn,
     features,
     features_in_engine,
     features_in_memory,
@@ -36,8 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWar
 
 
 def dirty(values: Mapping[str, Sequence]) -> st.SearchStrategy[list[dict]]:
-    row = st.fixed_dictionaries({name: st.sampled_from(of) for name, of in values.items()})
-    return st.lists(row, max_size=12)
+    return st.builds(drawn, st.just(values), st.integers(0, 12), st.integers(0, 10**6))
 
 
 @settings(max_examples=40, deadline=None)

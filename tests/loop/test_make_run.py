@@ -424,6 +424,16 @@ def test_the_history_says_what_is_in_production(first_run: Run):
     )
 
 
+def test_a_run_says_what_waits_for_a_person(first_run: Run):
+    from churn_assets.defs.summary import lines
+    from churn_assets.home import Home
+
+    waiting = {"promotion": {"verdict": "wait", "reasons": ["because"]}, "prediction": None}
+    told = "\n".join(lines(first_run.summary | waiting, Home(first_run.home)))
+    assert "promotion   wait: because\n              approve it: churn approve --who" in told
+    assert "bento       none: nothing is in Production yet" in told
+
+
 def test_a_training_set_comes_back_by_version_and_by_hash(first_run: Run, tmp_path: Path):
     data_hash, rows = (first_run.summary[name] for name in ("data_hash", "training_rows"))
     for number, chosen in enumerate((("--model-version", "1"), ("--hash", data_hash))):

@@ -29,11 +29,12 @@ class Model:
     client: MlflowClient
     name: str
     run_id: str
+    source: str = "/models/m"
 
     def register(self) -> str:
         tags = {"family": "forest"}
         return register_version(
-            self.client, self.name, model_uri="/models/m", run_id=self.run_id, tags=tags
+            self.client, self.name, model_uri=self.source, run_id=self.run_id, tags=tags
         )
 
     def read(self):

@@ -237,6 +237,13 @@ def test_what_is_in_production_is_waited_for_served_with_the_online_store_and_st
         point_at(Home(tmp_path).current, Current("churn:gone", "release", "4", 2, NOON))
         said = next(line for line in foreground.stdout if "churn:gone" in line)
         assert f"{bento.tag} goes on serving" in said
+        broken = bento.path.with_name("broken")
+        broken = Path(shutil.copytree(bento.path, tmp_path / broken.relative_to(store.parent)))
+        (broken / "src" / "release" / MODEL).write_bytes(b"half")
+        point_at(Home(tmp_path).current, Current("churn:broken", "release", "4", 3, NOON))
+        said = next(line for line in foreground.stdout if "goes on serving" in line)
+        assert "model.onnx was changed" in said
+        assert ask(url, {"customer_id": "c-1"}).status == 200
         Home(tmp_path).current.write_text("{")
         said = next(line for line in foreground.stdout if "does not say what serves" in line)
         assert f"{bento.tag} goes on serving" in said

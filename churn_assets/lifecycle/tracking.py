@@ -245,7 +245,6 @@ def log_evaluation(
     client.set_tag(run_id, "gates", f"refused by {refused}" if refused else "passed")
     name, version = record.model.name, record.model.version
     client.set_model_version_tag(name, version, "gates", "refused" if refused else "passed")
-    client.set_model_version_tag(name, version, "release_id", record.release_id)
 
 
 def log_card(client: MlflowClient, run_id: str, card: Card) -> None:

@@ -239,7 +239,7 @@ def _rich(tables: dict[str, pa.Table], day: date, settings: Settings) -> pd.Data
         f"coalesce(sum(amount_minor) FILTER (age <= {d}), 0) AS spent_{d}"
         for d in _COUNTED["orders"]
     )
-    con.execute("SET TimeZone = 'UTC'")
+    con.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     con.execute(
         f"""
         CREATE TABLE o AS

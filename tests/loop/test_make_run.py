@@ -526,6 +526,8 @@ def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
     # Versions 2 and 3 were judged on the same day, version 1 on that of three days before.
     assert summary["evidence"]["use"] == 3
     assert "used for the 3rd time (before: version 2, 3)" in done.out
+    assert summary["evidence"]["production"] == "3"
+    assert set(summary["evidence"]["model_minus"]) == {"majority", "recency", "production"}
     assert summary["bento"] is summary["prediction"] is None
 
 

@@ -212,6 +212,57 @@ def versions() -> None:
 
 
 @cli.command()
+@click.argument("version", required=False)
+def evaluate(version: str | None) -> None:
+    """Print how a version was judged, the newest unless named; exits with 1 when refused."""
+    from churn_assets.lifecycle.registry import read_registry
+    from churn_assets.lifecycle.tracking import evaluation_of
+
+    client, name = _registry(Home.from_environment())
+    if version is None:
+        version = max(read_registry(client, name).versions, key=int, default=None)
+        if version is None:
+            raise UserError(f"no version of {name} yet; `churn train` trains one")
+    record = evaluation_of(client, name, version)
+    click.echo(f"{name} {version}, {record.model.family}")
+    if record.held_out_use is not None:
+        click.echo(f"  {record.held_out_use.sentence}")
+    for gate in record.gates:
+        click.echo(f"  {'passed ' if gate.passed else 'refused'}  {gate.reason}")
+    sys.exit(0 if record.passed else 1)
+
+
+@cli.command()
+def promote() -> None:
+    """Carry out the latest promotion decision; exits with 1 when it refuses."""
+    home = Home.from_environment()
+    _registry(home)
+    from churn_assets.defs.launch import promote as carry_out
+
+    decision = carry_out(home)
+    said = {
+        "promote": "is in Production",
+        "wait": "waits for a person: churn approve --who NAME --why REASON",
+        "refuse": "is not promoted",
+    }
+    click.echo(f"version {decision.version} {said[decision.verdict]}")
+    for reason in decision.reasons:
+        click.echo(f"  {reason}")
+    sys.exit(1 if decision.verdict == "refuse" else 0)
+
+
+@cli.command()
+def deploy() -> None:
+    """Package what is in Production as a bento and point the service at it."""
+    home = Home.from_environment()
+    _registry(home)
+    from churn_assets.defs.launch import deploy as package
+
+    bento = package(home)
+    click.echo(f"version {bento.model_version} is served by {bento.tag}")
+
+
+@cli.command()
 @click.option("--who", required=True, help="Your name.")
 @click.option("--why", required=True, help="Why it may serve.")
 @click.option("--model-version", help="The version to promote, when it is not the newest.")

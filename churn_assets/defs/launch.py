@@ -33,9 +33,11 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
 from churn_assets.lifecycle.promotion import PromotionDecision
+from churn_assets.lifecycle.records import BentoRecord
 from churn_assets.lifecycle.registry import read_registry
 
 LAUNCHER = {"churn/launched_by": "make run"}
+BY_HAND = {"churn/launched_by": "churn"}
 EXECUTING = [
     DagsterRunStatus.NOT_STARTED,
     DagsterRunStatus.STARTING,
@@ -347,6 +349,31 @@ def act(home: Home, job: str, asset: str, config: Mapping[str, str]) -> None:
         outcome.require()
         registry = read_registry(launcher.project.mlflow_client(), SETTINGS.model_name)
         print(f"version {registry.production} is in Production (Dagster run {outcome.run_id})")
+
+
+def promote(home: Home) -> PromotionDecision:
+    """Carry out the latest decision, when it says promote; the decision, whatever it says.
+
+    Raises UserError when there is none, or it cannot be carried out.
+    """
+    with _launching(home, alone=False) as launcher:
+        record = read_record(launcher.project.home.records, "promotion_decision")
+        decision = msgspec.json.decode(record, type=PromotionDecision)
+        if decision.verdict == "promote":
+            assets = ["production_release", "registry_history"]
+            launcher.run("promotion", "promotion", assets, why=BY_HAND).require()
+        return decision
+
+
+def deploy(home: Home) -> BentoRecord:
+    """Package what is in Production and point the service at it.
+
+    Raises UserError when nothing is, or the bento does not answer as its model does.
+    """
+    with _launching(home, alone=False) as launcher:
+        read_record(home.records, "production_release")
+        launcher.run("deployment", "promotion", ["churn_bento"], why=BY_HAND).require()
+        return msgspec.json.decode(read_record(home.records, "churn_bento"), type=BentoRecord)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import environment_tags, installed_packages
 from churn_assets.lifecycle.records import (
     Choice,
@@ -20,7 +22,7 @@ from churn_assets.lifecycle.records import (
     ModelRecord,
     TrainingSetRecord,
 )
-from churn_assets.lifecycle.registry import register_version
+from churn_assets.lifecycle.registry import get_version, register_version
 from churn_assets.modeling.training import best_of_families
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ TRUSTED_TYPES: Mapping[str, list[str]] = {
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     ],
 }
+
+
+REPORT = "evaluation/report.json"
 
 
 def log_training_set(mlflow: Any, record: TrainingSetRecord, manifest: bytes) -> None:
@@ -234,7 +239,7 @@ def log_evaluation(
         if found.low is not None and found.high is not None:
             figures |= {f"{name}_low": found.low, f"{name}_high": found.high}
     client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in figures.items()])
-    client.log_dict(run_id, msgspec.to_builtins(record), "evaluation/report.json")
+    client.log_dict(run_id, msgspec.to_builtins(record), REPORT)
     for name, png in plots.items():
         path = folder / f"{name}.png"
         path.write_bytes(png)
@@ -245,6 +250,22 @@ def log_evaluation(
     client.set_tag(run_id, "gates", f"refused by {refused}" if refused else "passed")
     name, version = record.model.name, record.model.version
     client.set_model_version_tag(name, version, "gates", "refused" if refused else "passed")
+
+
+def evaluation_of(client: MlflowClient, name: str, version: str) -> EvaluationRecord:
+    """The judgement of a registered version. Raises UserError when it was never judged."""
+    from mlflow.exceptions import MlflowException
+
+    run_id = str(get_version(client, name, version).run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = client.download_artifacts(run_id, REPORT, folder)
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"version {version} of {name} has no evaluation; materialize evaluation_report in "
+                "the run that trained it"
+            ) from error
+        return msgspec.json.decode(Path(path).read_bytes(), type=EvaluationRecord)
 
 
 def log_card(client: MlflowClient, run_id: str, card: Card) -> None:

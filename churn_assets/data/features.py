@@ -5,8 +5,10 @@ window. So the events of a customer that enter and leave together are summed to 
 span becomes rows of differences: + at the first cutoff that sees it, - at the first that no longer
 does, one for each window. Summed per (customer, cutoff) and accumulated over a customer's cutoffs
 they give the state from one change to the next; a state is then repeated for the cutoffs it stays
-valid at. The cost is that of the events plus the rows that come out, not events times cutoffs, and
-no row looks at another customer, so any range of customers can be computed alone.
+valid at. Where one cutoff at most can see an event (a window no longer than the step, or a single
+cutoff), nothing leaves: the sum of what enters there is the total, and the next cutoff's is
+another. The cost is that of the events plus the rows that come out, not events times cutoffs. No
+row looks at another customer, so any range of customers can be computed alone.
 
 Boundaries follow from data/windows.py. All cutoffs are UTC midnights, so "seen by the cutoff" and
 "inside the look-back" are decided by the UTC day of an event: an event of day e with a window of w
@@ -127,11 +129,14 @@ def customer_features(
         )
     cutoffs = days_between(first, last)[::step_days]
     totals = _totals([feature.name for feature in features])
+    once = {total.name for total in totals if total.window_days <= step_days or len(cutoffs) == 1}
     changes = ibis.union(
         *(
             change
             for table in dict.fromkeys(total.table for total in totals)
-            for change in _changes(tables[table], table, totals, first, step_days, len(cutoffs))
+            for change in _changes(
+                tables[table], table, totals, once, first, step_days, len(cutoffs)
+            )
         )
     )
     per_cutoff = changes.group_by("customer_id", "at").aggregate(
@@ -146,7 +151,12 @@ def customer_features(
         "at",
         changes_at=per_cutoff["at"].lead().over(by_customer).fill_null(len(cutoffs)),
         last_order=per_cutoff.last_order.max().over(so_far),
-        **{total.name: per_cutoff[total.name].sum().over(so_far) for total in totals},
+        **{
+            total.name: per_cutoff[total.name]
+            if total.name in once
+            else per_cutoff[total.name].sum().over(so_far)
+            for total in totals
+        },
     )
     leaves_at = _cutoff_number(
         states.last_order // _MICROSECONDS_A_DAY + windows.activity_days, step_days
@@ -154,7 +164,10 @@ def customer_features(
     # False, not null-skipping, for who has no order: LEAST alone would keep them.
     states = states.mutate(leaves_at=leaves_at).filter(states["at"] < leaves_at)
     until = ibis.least(states.changes_at, states.leaves_at)
-    rows = states.mutate(at=ibis.range(states["at"], until).unnest())
+    rows = states.mutate(since=states["at"], at=ibis.range(states["at"], until).unnest())
+    rows = rows.mutate(
+        **{name: ibis.ifelse(rows["at"] == rows.since, rows[name], 0) for name in sorted(once)}
+    )
     rows = rows.join(_cutoff_table(cutoffs), "at")
     formulas = _formulas(rows, rows.day_number)
     return rows.select(
@@ -166,13 +179,15 @@ def _changes(
     events: ir.Table,
     table: str,
     totals: Sequence[_Total],
+    once: Collection[str],
     first: date,
     step_days: int,
     cutoffs: int,
 ) -> list[ir.Table]:
     """The differences the events of one table make: a table of entries, one of exits per window.
 
-    `at` numbers the cutoffs from 0; entries before the first cutoff count at it.
+    `at` numbers the cutoffs from 0; entries before the first cutoff count at it. The totals `once`
+    have no exits.
     """
 
     own = [total for total in totals if total.table == table]
@@ -219,6 +234,7 @@ def _changes(
     exits = [
         differences(name, -1, [days]).filter(spans.enters < spans[name], spans[name] < cutoffs)
         for days, name in leaves.items()
+        if any(total.window_days == days and total.name not in once for total in own)
     ]
     return [entries, *exits]
 

@@ -79,6 +79,17 @@ def test_the_expression_equals_the_definition(
     assert found == {cutoff: rows for cutoff, rows in expected.items() if rows}
 
 
+@pytest.mark.parametrize("step", [6, 7, 30, 31, 90, 91])
+def test_what_one_cutoff_saw_the_next_does_not(step: int) -> None:
+    windows = Windows(activity_days=365)
+    moments = [CUTOFF - TICK, CUTOFF + (step - 1) * DAY, CUTOFF + 2 * step * DAY]
+    events = [Event("a", moment) for moment in moments]
+    happened = {"orders": events, "support_tickets": events, "logins": events}
+    cutoffs = [CUTOFF + n * step * DAY for n in range(4)]
+    found = by_cutoff(compute(happened, windows, 3 * step + 1, step))
+    assert found == {cutoff: features_at(happened, cutoff, windows) for cutoff in cutoffs}
+
+
 @settings(max_examples=15, deadline=None)
 @given(histories(days=3), st.sampled_from(("orders", "support_tickets", "logins")), st.data())
 def test_no_event_at_or_after_the_cutoff_changes_a_feature(

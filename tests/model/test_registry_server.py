@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -116,6 +117,24 @@ def test_a_version_goes_its_way_behind_a_server(remote: MlflowClient, tmp_path: 
     fetched = fetch_release(remote, model.read().version(version), tmp_path / "elsewhere")
     assert fetched.directory == tmp_path / "elsewhere" / release.manifest.release_id
     assert (fetched.manifest, fetched.model) == (release.manifest, release.model)
+    registered = model.read().version(version)
+    for tags, says in (
+        ({"release_sha256": "0" * 64}, r"manifest\.json has another sha256"),
+        ({"model_sha256": "0" * 64}, "the model in the registry was changed"),
+        ({"release_id": ""}, "has no release in the registry"),
+        ({"release_id": "../elsewhere"}, "has no release in the registry"),
+        ({"release_id": "v1-000000000000"}, "cannot be fetched"),
+    ):
+        changed = dataclasses.replace(registered, tags=registered.tags | tags)
+        with pytest.raises(UserError, match=says):
+            fetch_release(remote, changed, tmp_path / "nowhere")
+    assert list((tmp_path / "nowhere").iterdir()) == []
+    # One that is at hand and proves to be the same needs no server; one that does not is replaced.
+    (fetched.directory / "model.onnx").write_bytes(b"half")
+    again = fetch_release(remote, registered, tmp_path / "elsewhere", kept=True)
+    assert again.model == release.model
+    nobody = MlflowClient("http://127.0.0.1:9")
+    assert fetch_release(nobody, registered, tmp_path / "elsewhere", kept=True) == again
 
     model.promote()
     with pytest.raises(UserError, match="must be compared with it"):

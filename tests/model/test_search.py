@@ -9,7 +9,7 @@ import pytest
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.windows import days_between
-from churn_assets.modeling.backtest import CandidateResult
+from churn_assets.modeling.backtest import CandidateResult, judge_fold
 from churn_assets.modeling.candidates import FAMILIES, STARTS
 from churn_assets.modeling.rows import parts_of
 from churn_assets.modeling.search import Effort, Searched, search
@@ -149,3 +149,21 @@ def test_a_model_says_how_far_the_search_went(long_frame: pd.DataFrame, long_spl
 
 def test_the_search_covers_every_family() -> None:
     assert TrainingPolicy().effort.families == FAMILIES
+
+
+def test_a_fold_is_judged_on_rows_nothing_was_learned_from(
+    long_frame: pd.DataFrame, long_split: Split
+) -> None:
+    """Outcomes drawn by chance at the judged cutoff: who has seen them would rank them well."""
+    fold = rolling_origins(long_split, 1)[0]
+    parts = parts_of(long_frame, long_split.train, FEATURE_NAMES)
+    judged = parts[fold.judged]
+    by_chance = np.random.default_rng(5).random(len(judged.y)) < 0.5
+    parts[fold.judged] = judged._replace(y=by_chance)
+    memory = {"n_estimators": 50, "max_depth": None, "min_samples_leaf": 1, "max_samples": None}
+    found = judge_fold(
+        parts, fold, "random_forest", memory, features=FEATURE_NAMES, seed=1, n_jobs=1
+    )
+    assert found.scores.auc == pytest.approx(0.5, abs=0.12)
+    assert found.scores.rows == len(judged.y)
+    assert found.recency_auc == pytest.approx(0.5, abs=0.12)

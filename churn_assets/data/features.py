@@ -1,14 +1,13 @@
 """The features of every customer at every cutoff, as one Ibis expression.
 
 A window aggregate that is valid at daily cutoffs changes only where an event enters or leaves the
-window. So the events of a customer that enter and leave together are summed to one span, and each
-span becomes rows of differences: + at the first cutoff that sees it, - at the first that no longer
-does, one for each window. Summed per (customer, cutoff) and accumulated over a customer's cutoffs
-they give the state from one change to the next; a state is then repeated for the cutoffs it stays
-valid at. Where one cutoff at most can see an event (a window no longer than the step, or a single
-cutoff), nothing leaves: the sum of what enters there is the total, and the next cutoff's is
-another. The cost is that of the events plus the rows that come out, not events times cutoffs. No
-row looks at another customer, so any range of customers can be computed alone.
+window. So each event becomes rows of differences: + at the first cutoff that sees it, - at the
+first that no longer does, one for each window. Summed per (customer, cutoff) and accumulated over a
+customer's cutoffs they give the state from one change to the next; a state is then repeated for the
+cutoffs it stays valid at. Where one cutoff at most can see an event (a window no longer than the
+step, or a single cutoff), nothing leaves: the sum of what enters there is the total, and the next
+cutoff's is another. The cost is that of the events plus the rows that come out, not events times
+cutoffs. No row looks at another customer, so any range of customers can be computed alone.
 
 Boundaries follow from data/windows.py. All cutoffs are UTC midnights, so "seen by the cutoff" and
 "inside the look-back" are decided by the UTC day of an event: an event of day e with a window of w
@@ -213,35 +212,25 @@ def _changes(
         **{total.column: events[total.column] for total in own if total.column},
     )
     seen = seen.filter(seen.enters < cutoffs, seen.enters < seen[leaves[max(leaves)]])
-    # Events that come and go together are one row from here on: most are looked at once.
-    spans = seen.group_by("customer_id", "enters", *leaves.values()).aggregate(
-        moment=seen.moment.max(),
-        **{total.name: _sum_of(seen, total) for total in own},
-    )
 
-    def differences(at: str, sign: int, windows: Collection[int]) -> ir.Table:
+    def differences(rows: ir.Table, at: str, sign: int, windows: Collection[int]) -> ir.Table:
         columns: dict[str, ir.Value] = {}
         for total in totals:
             value: Number = ibis.literal(0)
             if total in own and total.window_days in windows:
-                is_seen = spans.enters < spans[leaves[total.window_days]]
-                value = ibis.ifelse(is_seen, spans[total.name] * sign, 0)
+                is_seen = rows.enters < rows[leaves[total.window_days]]
+                value = ibis.ifelse(is_seen, rows[total.column] * sign if total.column else sign, 0)
             columns[total.name] = value.cast(total.dtype)
-        last_order = spans.moment if table == "orders" and sign > 0 else ibis.null("int64")
-        return spans.select("customer_id", at=spans[at], last_order=last_order, **columns)
+        last_order = rows.moment if table == "orders" and sign > 0 else ibis.null("int64")
+        return rows.select("customer_id", at=rows[at], last_order=last_order, **columns)
 
-    entries = differences("enters", 1, leaves)
+    entries = differences(seen, "enters", 1, leaves)
     exits = [
-        differences(name, -1, [days]).filter(spans.enters < spans[name], spans[name] < cutoffs)
+        differences(seen.filter(seen.enters < seen[name], seen[name] < cutoffs), name, -1, [days])
         for days, name in leaves.items()
         if any(total.window_days == days and total.name not in once for total in own)
     ]
     return [entries, *exits]
-
-
-def _sum_of(events: ir.Table, total: _Total) -> ir.Value:
-    # Narrow again what a sum widens (DuckDB: to 128 bits).
-    return (events[total.column].sum() if total.column else events.count()).cast(total.dtype)
 
 
 def _cutoff_number(day_number: Number, step_days: int) -> Number:

@@ -9,6 +9,7 @@ object store fetch a file with one request. So nobody ever sees half a partition
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -102,8 +103,12 @@ class Lake:
     def days(self, table: str) -> list[date]:
         """The partitions of `table` that exist, oldest first."""
         with self._reaching():
-            self.filesystem.invalidate_cache()
-            paths = self.filesystem.find(f"{self.base}/{table}")
+            if self.on_disk:
+                # A tenth of the time of fsspec's walk, and this is asked all the time.
+                paths = glob.iglob(f"{glob.escape(self.base)}/{table}/{DAY}=*/{_FILE}")
+            else:
+                self.filesystem.invalidate_cache()
+                paths = self.filesystem.find(f"{self.base}/{table}")
         found = (_PARTITION.search(path) for path in paths)
         return sorted(date.fromisoformat(match[1]) for match in found if match)
 

@@ -8,9 +8,8 @@ to them in one step and removes the others.
 from __future__ import annotations
 
 import importlib
-import itertools
 import sqlite3
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -62,16 +61,24 @@ if #newer > 0 then
 end
 """
 
-_REMOVE_OLDER = """
-local held = redis.call('MGET', unpack(KEYS))
-local removed = 0
-for i, key in ipairs(KEYS) do
-  local row = held[i]
-  if row and #row >= 16 and struct.unpack('>i8', row, 9) < tonumber(ARGV[1]) then
-    removed = removed + redis.call('UNLINK', key)
+# One step over the keys of a namespace, where they are: shipping a million of them to be looked at
+# here takes longer than writing their rows.
+_SWEEP = """
+local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 2000)
+local keep, oldest, removed = ARGV[4], tonumber(ARGV[5]), 0
+for _, key in ipairs(found[2]) do
+  if key ~= ARGV[3] then
+    if keep == '' or string.sub(key, 1, #keep) ~= keep then
+      redis.call('UNLINK', key)
+    elseif oldest then
+      local cutoff = redis.call('GETRANGE', key, 8, 15)
+      if #cutoff == 8 and struct.unpack('>i8', cutoff) < oldest then
+        removed = removed + redis.call('UNLINK', key)
+      end
+    end
   end
 end
-return removed
+return {found[1], removed}
 """
 
 
@@ -270,7 +277,7 @@ class RedisOnlineWriter:
                 "redis://host:6379/0"
             ) from None
         self._set_newer = self._client.register_script(_SET_NEWER)
-        self._remove_older = self._client.register_script(_REMOVE_OLDER)
+        self._sweep_step = self._client.register_script(_SWEEP)
 
     def state(self) -> OnlineState | None:
         """What the store says of itself; None when nothing was published."""
@@ -298,25 +305,22 @@ class RedisOnlineWriter:
         """Turn the readers to the feature set of `state`; the rows of any other are removed."""
         with self._reaching():
             self._change_state(lambda old: _merged(old, state))
-            self._unlink(keep=row_key(self._namespace, state.fingerprint, ""))
+            self._sweep(keep=row_key(self._namespace, state.fingerprint, ""))
 
     def purge(self, before: datetime) -> int:
         """Remove the rows whose cutoff is earlier than `before`, and return how many there were."""
-        removed = 0
         with self._reaching():
             state = self.state()
             if state is None:
                 return 0
-            head = _literal(row_key(self._namespace, state.fingerprint, ""))
-            for keys in _batches(self._client.scan_iter(f"{head}*", 10_000), _KEYS_A_CALL):
-                removed += self._remove_older(keys=keys, args=[to_microseconds(before)])
-        return removed
+            keep = row_key(self._namespace, state.fingerprint, "")
+            return self._sweep(keep, str(to_microseconds(before)))
 
     def remove(self) -> None:
         """Remove the namespace: its rows and its state."""
         with self._reaching():
             self._client.delete(state_key(self._namespace))
-            self._unlink(keep=None)
+            self._sweep()
 
     def close(self) -> None:
         """Close the connections."""
@@ -334,16 +338,18 @@ class RedisOnlineWriter:
         # Tried again when another writer changed the state in between.
         self._client.transaction(attempt, key)
 
-    def _unlink(self, keep: str | None) -> None:
-        for keys in _batches(self._client.scan_iter(f"{_literal(self._namespace)}:*", 10_000)):
-            unwanted = [
-                key
-                for key in keys
-                if key != state_key(self._namespace).encode()
-                and not (keep and key.startswith(keep.encode()))
-            ]
-            if unwanted:
-                self._client.unlink(*unwanted)
+    def _sweep(self, keep: str = "", oldest: str = "") -> int:
+        """Remove the rows without the prefix `keep`, and of the others those before `oldest`.
+
+        Returns how many of the others there were. Keys that come and go meanwhile may be missed.
+        """
+        pattern, state = f"{_literal(self._namespace)}:*", state_key(self._namespace)
+        cursor, removed = b"0", 0
+        while True:
+            cursor, more = self._sweep_step(args=[cursor, pattern, state, keep, oldest])
+            removed += more
+            if cursor == b"0":
+                return removed
 
     @contextmanager
     def _reaching(self) -> Generator[None]:
@@ -391,8 +397,3 @@ def _decoded(record: bytes | None) -> OnlineState | None:
 def _literal(text: str) -> str:
     """`text` with the characters escaped that mean something in a Redis pattern."""
     return "".join(f"\\{character}" if character in "*?[]^\\" else character for character in text)
-
-
-def _batches(keys: Iterator[bytes], size: int = 10_000) -> Iterator[list[bytes]]:
-    while batch := list(itertools.islice(keys, size)):
-        yield batch

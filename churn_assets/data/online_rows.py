@@ -64,7 +64,7 @@ end
 # One step over the keys of a namespace, where they are: shipping a million of them to be looked at
 # here takes longer than writing their rows.
 _SWEEP = """
-local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 2000)
+local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 5000)
 local keep, oldest, removed = ARGV[4], tonumber(ARGV[5]), 0
 for _, key in ipairs(found[2]) do
   if key ~= ARGV[3] then
@@ -304,8 +304,11 @@ class RedisOnlineWriter:
     def publish(self, state: OnlineState) -> None:
         """Turn the readers to the feature set of `state`; the rows of any other are removed."""
         with self._reaching():
+            before = self.state()
             self._change_state(lambda old: _merged(old, state))
-            self._sweep(keep=row_key(self._namespace, state.fingerprint, ""))
+            # Else there are rows of another only where a load was broken off; the purge finds them.
+            if before is not None and before.fingerprint != state.fingerprint:
+                self._sweep(keep=row_key(self._namespace, state.fingerprint, ""))
 
     def purge(self, before: datetime) -> int:
         """Remove the rows whose cutoff is earlier than `before`, and return how many there were."""

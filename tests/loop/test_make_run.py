@@ -352,6 +352,16 @@ def test_the_rows_of_the_next_training_are_judged_alone(first_run: Run):
     assert "  min_rows: 5000\n" in done.out
 
 
+def test_how_a_version_was_judged_is_told(first_run: Run):
+    config = first_run.home.parent / "shop.yaml"
+    done = churn(first_run.home, config, "evaluate")
+    assert done.code == 0, done
+    for gate in first_run.summary["gates"]:
+        assert f"  passed   {gate['reason']}\n" in done.out
+    told = churn(first_run.home, config, "evaluate", "99").refusal()
+    assert "no version 99 of churn" in told
+
+
 def test_versions_are_listed(first_run: Run):
     listed = asked(first_run.home, "versions")
     line = next(line for line in listed.splitlines() if line.split()[0] == "1")

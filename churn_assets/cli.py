@@ -239,13 +239,15 @@ def promote() -> None:
     _registry(home)
     from churn_assets.defs.launch import promote as carry_out
 
-    decision = carry_out(home)
+    decision, production = carry_out(home)
     said = {
-        "promote": "is in Production",
+        "promote": "was promoted",
         "wait": "waits for a person: churn approve --who NAME --why REASON",
         "refuse": "is not promoted",
     }
     click.echo(f"version {decision.version} {said[decision.verdict]}")
+    # Not the same where the version has been taken back since.
+    click.echo(f"version {production} is in Production" if production else "nothing is there")
     for reason in decision.reasons:
         click.echo(f"  {reason}")
     sys.exit(1 if decision.verdict == "refuse" else 0)

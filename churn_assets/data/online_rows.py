@@ -100,9 +100,10 @@ class OnlineWriter(Protocol):
         ...
 
     def publish(self, state: OnlineState) -> None:
-        """Turn the readers to the feature set of `state`; the rows of any other are removed.
+        """Turn the readers to the feature set of `state`; the rows of the one before are removed.
 
-        The cutoffs of a state do not go back while the feature set stays.
+        Those of a load that was broken off may stay until the next purge. The cutoffs of a state do
+        not go back while the feature set stays.
         """
         ...
 

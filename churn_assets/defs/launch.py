@@ -351,10 +351,11 @@ def act(home: Home, job: str, asset: str, config: Mapping[str, str]) -> None:
         print(f"version {registry.production} is in Production (Dagster run {outcome.run_id})")
 
 
-def promote(home: Home) -> PromotionDecision:
-    """Carry out the latest decision, when it says promote; the decision, whatever it says.
+def promote(home: Home) -> tuple[PromotionDecision, str | None]:
+    """Carry out the latest decision, when it says promote and has not been carried out before.
 
-    Raises UserError when there is none, or it cannot be carried out.
+    Returns the decision, whatever it says, and the version that is in Production then. Raises
+    UserError when there is none, or it cannot be carried out.
     """
     with _launching(home, alone=False) as launcher:
         record = read_record(launcher.project.home.records, "promotion_decision")
@@ -362,7 +363,8 @@ def promote(home: Home) -> PromotionDecision:
         if decision.verdict == "promote":
             assets = ["production_release", "registry_history"]
             launcher.run("promotion", "promotion", assets, why=BY_HAND).require()
-        return decision
+        registry = read_registry(launcher.project.mlflow_client(), SETTINGS.model_name)
+        return decision, registry.production
 
 
 def deploy(home: Home) -> BentoRecord:

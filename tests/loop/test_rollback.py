@@ -234,6 +234,14 @@ def test_from_a_bad_model_to_the_one_before_it_by_one_action(
     assert (pointer.model_version, pointer.step) == ("1", last.number)
 
 
+def test_a_pipeline_does_not_promote_again_what_was_taken_back(shop: Shop) -> None:
+    before = shop.read()
+    assert "\nversion 1 is in Production\n" in done_by(shop, "promote")
+    assert shop.read().history == before.history
+    assert "\nversion 1 is served by churn:v1-" in done_by(shop, "deploy")
+    assert shop.get("/predict", CUSTOMER)["model_version"] == "1"
+
+
 # What goes wrong afterwards: refused in one line, and version 1 goes on serving.
 
 

@@ -22,6 +22,9 @@ from churn_assets.data.windows import Windows
 ROWS_AT_ONCE = 6_000_000
 """Events read and rows made for one range; some 100 bytes of memory each."""
 
+_ALONE = 1.5
+"""So many times ROWS_AT_ONCE are one range: another would read every file once more."""
+
 _SAMPLED_DAYS = 5
 
 
@@ -63,9 +66,9 @@ def customer_ranges(
     read = sum(int(table.count().to_pyarrow().as_py()) for table in events.values())
     cutoffs = (last - first).days // step_days + 1
     made = cutoffs * int(population.customer_id.approx_nunique().to_pyarrow().as_py())
-    ranges = -(-(read + made) // rows_at_once)
-    if ranges <= 1:
+    if read + made <= _ALONE * rows_at_once:
         return [CustomerRange()]
+    ranges = -(-(read + made) // rows_at_once)
     seen = pa.chunked_array(
         [
             chunk

@@ -34,6 +34,7 @@ SERVICE_REQUIREMENTS = (
     "uvloop",
 )
 
+_CODE = ("*.py", "churn_service/*.py", "churn_assets/**/*.py")
 _BUILD_TIMEOUT_S = 120
 _LATEST = "latest"
 
@@ -124,7 +125,7 @@ def _bento(bentoml_home: Path, version: str) -> Bento:
 def _stage_code(context: Path, project_root: Path) -> str:
     """Copy the service and the contract into `context`; returns 8 hex digits of their sha256."""
     service, package = project_root / "bentos" / BENTO_NAME, project_root / "churn_assets"
-    sources = {path.name: path for path in service.glob("*.py")}
+    sources = {str(path.relative_to(service)): path for path in service.rglob("*.py")}
     sources |= {"churn_assets/__init__.py": package / "__init__.py"}
     contract = sorted((package / "contract").glob("*.py"))
     sources |= {f"churn_assets/contract/{path.name}": path for path in contract}
@@ -152,7 +153,13 @@ def _bentofile() -> bytes:
             "service": "service:Churn",
             "name": BENTO_NAME,
             "description": description,
-            "include": ["*.py", "churn_assets/**/*.py", "release/*", "requirements.txt"],
+            "include": [
+                "*.py",
+                "churn_service/*.py",
+                "churn_assets/**/*.py",
+                "release/*",
+                "requirements.txt",
+            ],
             "python": {"requirements_txt": "requirements.txt"},
         }
     ).encode()

@@ -51,7 +51,7 @@ def url(release: Release) -> Generator[str]:
 @pytest.fixture(scope="session")
 def service() -> ModuleType:
     """The service's module, in this process."""
-    spec = importlib.util.spec_from_file_location("churn_service", SERVICE / "service.py")
+    spec = importlib.util.spec_from_file_location("churn_bento", SERVICE / "service.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -32,7 +32,8 @@ from churn_assets.lifecycle.serving import ask, ask_bento, free_port, serve
 
 ALLOWED_FILES = re.compile(
     r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|"
-    r"release/(manifest\.json|model\.onnx|golden\.json)|churn_assets/(contract/)?\w+\.py)"
+    r"release/(manifest\.json|model\.onnx|golden\.json)|"
+    r"churn_service/\w+\.py|churn_assets/(contract/)?\w+\.py)"
 )
 
 
@@ -164,7 +165,7 @@ def test_a_bento_served_from_its_tag_answers_as_its_source_does(
 ) -> None:
     source = service.Served(read_release(release_of_three.directory))
     good = json.dumps({name: VALID[name] for name in ("customer_id", *THREE)}).encode()
-    source_answer = msgspec.json.encode(source.predict(source.decoder.decode(good)))
+    source_answer = msgspec.json.encode(source.predict(source.decoder.decode(good)).answer)
     with serve(bento.tag, bentoml_home=store) as url:
         answer = ask(url, good)
         refused = [ask(url, changed(total_orders_30d="3")), ask(url, json.dumps(VALID).encode())]

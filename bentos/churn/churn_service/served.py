@@ -1,0 +1,137 @@
+"""A release, verified and ready to answer: its model, its contract, its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import bentoml
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from churn_assets.contract.logged import Arm
+from churn_assets.contract.lookup import Found
+from churn_assets.contract.release import Release, ReleaseError, check_golden
+from churn_assets.contract.request import PredictionRequest, RequestDecoder
+from churn_assets.contract.response import (
+    Health,
+    OnlineHealth,
+    Prediction,
+    StoredPrediction,
+    predict,
+    predict_stored,
+)
+
+
+class OnnxModel:
+    """The model of a release, on one thread: a row takes less time than a thread needs to wake."""
+
+    def __init__(self, content: bytes, features: int):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ReleaseError(f"model.onnx cannot be loaded: {reason}") from error
+        self._run = session.run
+        self._input = session.get_inputs()[0].name
+        self._outputs = [session.get_outputs()[-1].name]
+        shape = session.get_inputs()[0].shape
+        if len(shape) != 2 or shape[1] != features:
+            raise ReleaseError(
+                f"model.onnx takes input {shape}, the release has {features} features"
+            )
+
+    def probabilities(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """P(churn) of each row; `rows` is float32 of shape (n, features)."""
+        answer = self._run(self._outputs, {self._input: rows})[0]
+        if not isinstance(answer, np.ndarray) or answer.ndim != 2 or answer.shape[1] != 2:
+            raise ReleaseError("model.onnx must end in class probabilities of shape (rows, 2)")
+        return answer[:, 1]
+
+
+# A customer, their features, and where those come from the online store, what it said of them.
+BatchRow = tuple[str, Sequence[float], Found | None]
+
+
+class Scored(msgspec.Struct, frozen=True, gc=False):
+    """An answer, and what it was computed from: what the prediction log keeps.
+
+    values: the features, in the order of the release. champion, challenger: P(churn) by each model
+    that scored, unrounded. arm: whose score was answered.
+    """
+
+    answer: Prediction | StoredPrediction
+    values: Sequence[float]
+    champion: float | None
+    challenger: float | None = None
+    arm: Arm = "champion"
+
+
+class Served:
+    """A verified release with everything made from it: replaced as one, or not at all."""
+
+    def __init__(self, release: Release):
+        self.manifest = release.manifest
+        self.decoder = RequestDecoder(release.manifest.features)
+        self.model = OnnxModel(release.model, len(release.manifest.features))
+        check_golden(self.model.probabilities, release.golden)
+        context = bentoml.server_context
+        built = context.bento_version not in ("", "not available")
+        self.bento = f"{context.bento_name}:{context.bento_version}" if built else None
+
+    def predict(self, request: PredictionRequest) -> Scored:
+        """The answer to one request with its features."""
+        return self._score(request.customer_id, msgspec.structs.astuple(request)[1:])
+
+    def predict_stored(self, customer_id: str, found: Found) -> Scored:
+        """The answer to one request by id."""
+        scored = self._score(customer_id, found.values)
+        return _of_stored(scored, found)
+
+    def predict_rows(self, rows: Sequence[BatchRow]) -> list[Scored]:
+        """The answers to one or more rows, computed in one call."""
+        features = np.array([values for _, values, _ in rows], dtype=np.float32)
+        answers = []
+        for (customer_id, values, found), probability in zip(
+            rows, self.model.probabilities(features).tolist(), strict=True
+        ):
+            scored = self._scored(customer_id, values, probability)
+            answers.append(_of_stored(scored, found) if found else scored)
+        return answers
+
+    def _score(self, customer_id: str, values: Sequence[float]) -> Scored:
+        row = np.array([values], dtype=np.float32)
+        return self._scored(customer_id, values, float(self.model.probabilities(row)[0]))
+
+    def _scored(self, customer_id: str, values: Sequence[float], probability: float) -> Scored:
+        version, risk = self.manifest.model_version, self.manifest.risk
+        return Scored(predict(customer_id, probability, version, risk), values, probability)
+
+    def health(self, started_at: datetime, online: OnlineHealth | None) -> Health:
+        """What is served here."""
+        manifest = self.manifest
+        return Health(
+            status="healthy",
+            model=manifest.model_name,
+            version=manifest.model_version,
+            release_id=manifest.release_id,
+            bento=self.bento,
+            features=manifest.feature_names,
+            started_at=started_at,
+            online_store=online,
+        )
+
+
+def _of_stored(scored: Scored, found: Found) -> Scored:
+    answer = scored.answer
+    assert isinstance(answer, Prediction), "what was scored has not been stamped yet"
+    return msgspec.structs.replace(scored, answer=predict_stored(answer, found.cutoff, found.stale))

@@ -127,6 +127,7 @@ def serve(
     release_dir: Path | None = None,
     *,
     online: OnlineStore | None = None,
+    environment: Mapping[str, str] | None = None,
     bentoml_home: Path | None = None,
     port: int | None = None,
     scratch: Path | None = None,
@@ -136,7 +137,7 @@ def serve(
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
     `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
-    Without `port` a free one is taken. What the service writes goes into a folder
+    `environment` are further settings of the service. Without `port` a free one is taken. What the service writes goes into a folder
     of its own in `scratch` (default: the system's temporary folder), removed at the end. However
     the block ends, no process of the service is left. Raises UserError when the port is taken, or
     with what its log says when the service does not start.
@@ -151,6 +152,7 @@ def serve(
                 online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
+                environment=environment,
                 sink=sink.fileno(),
                 log=log,
                 start_timeout=start_timeout,
@@ -377,6 +379,7 @@ def _running(
     port: int,
     *,
     scratch: Path,
+    environment: Mapping[str, str] | None = None,
     sink: int | None = None,
     log: Path | None = None,
     start_timeout: float = START_TIMEOUT_S,
@@ -390,7 +393,7 @@ def _running(
     process = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         cwd=scratch,
-        env=_environment(directory, release_dir, online, scratch),
+        env=_environment(directory, release_dir, online, scratch) | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,

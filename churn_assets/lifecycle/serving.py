@@ -138,9 +138,9 @@ def serve(
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
     `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
     `environment` are further settings of the service. Without `port` a free one is taken. What the
-    service writes goes into a folder of its own in `scratch` (default: the system's temporary folder), removed at the end. However
-    the block ends, no process of the service is left. Raises UserError when the port is taken, or
-    with what its log says when the service does not start.
+    service writes goes into a folder of its own in `scratch` (default: the system's temporary
+    folder), removed at the end. However the block ends, no process of the service is left. Raises
+    UserError when the port is taken, or with what its log says when the service does not start.
     """
     with tempfile.TemporaryDirectory(prefix="churn-serve-", dir=scratch) as own:
         log = Path(own) / "service.log"

@@ -52,6 +52,13 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
@@ -66,6 +73,7 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: datetime
     online_store: OnlineHealth | None
+    lane: LaneHealth
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

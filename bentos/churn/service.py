@@ -92,6 +92,8 @@ class Churn:
             endpoint.start(Served(read_release(release_directory())))
         except ReleaseError as error:
             raise _refused_start(error) from None
+        # uvicorn writes lines for its access log as long as anybody might listen to them.
+        logging.getLogger("uvicorn.access").propagate = False
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,
         # none of them garbage. Full collections over them stopped the service for 80 to 180 ms.
         gc.freeze()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -226,8 +227,13 @@ def _refused(refusal: Refusal) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
     return refusal.status, _encode(refuse(refusal)), headers
 
 
+_first_half = os.urandom(8).hex()
+_numbers = itertools.count()
+
+
 def _request_id() -> str:
-    return uuid.uuid4().hex
+    """A name no other request has: 32 hex digits, half of them this process's."""
+    return f"{_first_half}{next(_numbers):016x}"
 
 
 def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> LoggedPrediction:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -32,10 +33,12 @@ from churn_assets.contract.response import (
 )
 from churn_service.bodies import Message, Receive, Send, read_body
 from churn_service.online import ONLINE_VARIABLE, OnlineStore, online_store
-from churn_service.prediction_log import NotLogged, PredictionLog
+from churn_service.prediction_log import NotLogged, PredictionLog, prediction_log
 from churn_service.served import BatchRow, Scored, Served
 
 NO_ONLINE_STORE = f"this service has no online store ({ONLINE_VARIABLE}) to take it from"
+
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
@@ -53,8 +56,9 @@ class Endpoint:
         self._log: PredictionLog = NotLogged()
 
     def start(self, served: Served) -> None:
-        """Serve `served` from now on, with the online store the environment names."""
+        """Serve `served` from now on, with the online store and the log the environment names."""
         self.online = online_store(served.manifest.features)
+        self._log = prediction_log(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -62,8 +66,10 @@ class Endpoint:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
-        status, answer, headers = 200, b"", []
         arrived = time.perf_counter_ns()
+        request_id = request_id_of(scope["headers"])
+        status, answer = 200, b""
+        headers = [(b"x-request-id", request_id.encode())]
         try:
             path, method = scope["path"], scope["method"]
             if path == "/predict":
@@ -78,17 +84,18 @@ class Endpoint:
                 else:
                     scored = served.predict(request)
                 answer = _encode(scored.answer)
-                await self._log.keep([_logged(served, _request_id(), scored, arrived)])
+                await self._log.keep([_logged(served, request_id, scored, arrived)])
             elif path == "/predict_batch":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
                 body = await read_body(scope, receive, MAX_BATCH_BYTES)
-                answer = await self._predict_batch(self.served, body, arrived)
+                answer = await self._predict_batch(self.served, body, request_id, arrived)
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
                 online = await self.online.health() if self.online else None
-                answer = _encode(self.served.health(self.started_at, online))
+                log = await self._log.health()
+                answer = _encode(self.served.health(self.started_at, online, log))
             else:
                 known = "POST /predict, POST /predict_batch and GET /health"
                 raise Refusal(404, "path", f"there are {known} here")
@@ -122,7 +129,9 @@ class Endpoint:
             raise found
         return served.predict_stored(request.customer_id, found)
 
-    async def _predict_batch(self, served: Served, body: bytes, arrived: int) -> bytes:
+    async def _predict_batch(
+        self, served: Served, body: bytes, request_id: str, arrived: int
+    ) -> bytes:
         """The encoded answer to a batch. Raises Refusal when none of its rows can be answered.
 
         What takes long runs beside the event loop, one batch after the other.
@@ -141,10 +150,9 @@ class Endpoint:
                     raise
                 found = [refusal] * len(ids)
         rows = await run(self._batches, _score_batch, served, requests, found)
-        batch = _request_id()
         await self._log.keep(
             [
-                _logged(served, f"{batch}-{number}", row, arrived)
+                _logged(served, f"{request_id}-{number}", row, arrived)
                 for number, row in enumerate(rows)
                 if isinstance(row, Scored)
             ]
@@ -179,8 +187,12 @@ def _score_batch(
     return [next(predicted) if error is None else error for error in errors]
 
 
-def _request_id() -> str:
-    return uuid.uuid4().hex
+def request_id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """The caller's x-request-id where it is 1 to 128 printable ASCII characters, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.match(value):
+            return value.decode()
+    return os.urandom(16).hex()
 
 
 def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> LoggedPrediction:
@@ -190,6 +202,7 @@ def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> Lo
         request_id=request_id,
         at=time.time_ns() // 1000,
         customer_id=answer.customer_id,
+        features=served.features,
         values=scored.values,
         probability=answer.churn_probability,
         champion=scored.champion,

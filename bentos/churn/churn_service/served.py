@@ -16,6 +16,7 @@ from churn_assets.contract.release import Release, ReleaseError, check_golden
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
     Health,
+    LogHealth,
     OnlineHealth,
     Prediction,
     StoredPrediction,
@@ -84,6 +85,7 @@ class Served:
         self.decoder = RequestDecoder(release.manifest.features)
         self.model = OnnxModel(release.model, len(release.manifest.features))
         check_golden(self.model.probabilities, release.golden)
+        self.features = release.manifest.feature_names
         context = bentoml.server_context
         built = context.bento_version not in ("", "not available")
         self.bento = f"{context.bento_name}:{context.bento_version}" if built else None
@@ -116,11 +118,11 @@ class Served:
         version, risk = self.manifest.model_version, self.manifest.risk
         return Scored(predict(customer_id, probability, version, risk), values, probability)
 
-    def health(self, started_at: datetime, online: OnlineHealth | None) -> Health:
+    def health(self, started_at: datetime, online: OnlineHealth | None, log: LogHealth) -> Health:
         """What is served here."""
         manifest = self.manifest
         return Health(
-            status="healthy",
+            status="degraded" if log.reason else "healthy",
             model=manifest.model_name,
             version=manifest.model_version,
             release_id=manifest.release_id,
@@ -128,6 +130,7 @@ class Served:
             features=manifest.feature_names,
             started_at=started_at,
             online_store=online,
+            prediction_log=log,
         )
 
 

@@ -69,6 +69,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 

@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -81,6 +82,14 @@ decode_logged = msgspec.msgpack.Decoder(LoggedPrediction).decode
 def is_postgres(location: str) -> bool:
     """Whether `location` is the URL of a Postgres server rather than a directory."""
     return location.startswith(POSTGRES_SCHEMES)
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown: nothing but the scheme, the user, the host and the database."""
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    name = user.partition(":")[0]
+    return f"{parts.scheme}://{name + '@' if name else ''}{host}{parts.path}"
 
 
 def hold(lock: Path) -> int | None:

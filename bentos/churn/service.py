@@ -23,6 +23,7 @@ from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import choose_lane, service_options
 from churn_service.online import online_store
+from churn_service.prediction_log import prediction_log
 from churn_service.served import Served
 from churn_service.traffic import Limits
 
@@ -82,6 +83,7 @@ class Churn:
         """Refuse a bad release before any worker exists: a worker that fails is only restarted."""
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
+            prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
 

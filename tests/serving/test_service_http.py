@@ -83,6 +83,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
     started_at = datetime.fromisoformat(health.pop("started_at"))
     assert started_at.tzinfo is not None
     assert started_at <= datetime.now(UTC)
+    assert health.pop("prediction_log")["usable"]
     assert health == {
         "status": "healthy",
         "model": "churn",

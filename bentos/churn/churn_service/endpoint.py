@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +37,14 @@ from churn_service.bodies import Message, Receive, Send, read_body
 from churn_service.fast_lane import PATHS
 from churn_service.metrics import Metrics
 from churn_service.online import ONLINE_VARIABLE, OnlineStore, online_store
-from churn_service.prediction_log import NotLogged, PredictionLog
+from churn_service.prediction_log import NotLogged, PredictionLog, prediction_log
 from churn_service.served import BatchRow, Scored, Served
 from churn_service.traffic import Limits, Traffic
 
 NO_ONLINE_STORE = f"this service has no online store ({ONLINE_VARIABLE}) to take it from"
 
 NOT_STARTED = Refusal(503, "server", "is starting: try again", retry_after=1)
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
@@ -63,10 +65,11 @@ class Endpoint:
         self._log: PredictionLog = NotLogged()
 
     def start(self, served: Served) -> None:
-        """Serve `served` from now on, with the online store the environment names."""
+        """Serve `served` from now on, with the online store and the log the environment names."""
         self.online = online_store(served.manifest.features)
         self.metrics = Metrics(PATHS)
         self._traffic = Traffic(self._limits, self.metrics.in_progress.set)
+        self._log = prediction_log(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
         self.metrics.serves(served.manifest, served.bento)
         self.started = True
@@ -82,6 +85,7 @@ class Endpoint:
         status, answer, headers = 200, b"", []
         arrived = time.perf_counter_ns()
         path, method = scope["path"], scope["method"]
+        request_id = request_id_of(scope["headers"])
         traffic, task = self._traffic, asyncio.current_task()
         assert task is not None, "ASGI is spoken in tasks"
         try:
@@ -99,7 +103,7 @@ class Endpoint:
                 else:
                     scored = served.predict(request)
                 answer = _encode(scored.answer)
-                await self._log.keep([_logged(served, _request_id(), scored, arrived)])
+                await self._log.keep([_logged(served, request_id, scored, arrived)])
                 made = scored.answer
                 self.metrics.probability(made.model_version, made.churn_probability)
             elif path == "/predict_batch":
@@ -108,12 +112,15 @@ class Endpoint:
                 traffic.read(task)
                 body = await read_body(scope, receive, MAX_BATCH_BYTES)
                 traffic.admit(task)
-                answer = await self._predict_batch(self.served, body, arrived)
+                answer = await self._predict_batch(self.served, body, request_id, arrived)
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
                 online = await self.online.health() if self.online else None
-                answer = _encode(self.served.health(self.started_at, online, self._lane))
+                health = self.served.health(
+                    self.started_at, online=online, log=await self._log.health(), lane=self._lane
+                )
+                answer = _encode(health)
             else:
                 known = "POST /predict, POST /predict_batch and GET /health"
                 raise Refusal(404, "path", f"there are {known} here")
@@ -133,6 +140,7 @@ class Endpoint:
         finally:
             traffic.leave(task)
         self.metrics.request(path, status, time.perf_counter_ns() - arrived)
+        headers.append((b"x-request-id", request_id.encode()))
         await _answer(send, status, answer, headers)
 
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
@@ -144,7 +152,9 @@ class Endpoint:
             raise found
         return served.predict_stored(request.customer_id, found)
 
-    async def _predict_batch(self, served: Served, body: bytes, arrived: int) -> bytes:
+    async def _predict_batch(
+        self, served: Served, body: bytes, request_id: str, arrived: int
+    ) -> bytes:
         """The encoded answer to a batch. Raises Refusal when none of its rows can be answered.
 
         What takes long runs beside the event loop, one batch after the other.
@@ -163,10 +173,9 @@ class Endpoint:
                     raise
                 found = [refusal] * len(ids)
         rows = await run(self._batches, _score_batch, served, requests, found)
-        batch = _request_id()
         await self._log.keep(
             [
-                _logged(served, f"{batch}-{number}", row, arrived)
+                _logged(served, f"{request_id}-{number}", row, arrived)
                 for number, row in enumerate(rows)
                 if isinstance(row, Scored)
             ]
@@ -231,8 +240,14 @@ _first_half = os.urandom(8).hex()
 _numbers = itertools.count()
 
 
-def _request_id() -> str:
-    """A name no other request has: 32 hex digits, half of them this process's."""
+def request_id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """The caller's x-request-id where it is 1 to 128 printable ASCII characters, else a new one.
+
+    A new one is a name no other request has: 32 hex digits, half of them this process's.
+    """
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.match(value):
+            return value.decode()
     return f"{_first_half}{next(_numbers):016x}"
 
 
@@ -243,6 +258,7 @@ def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> Lo
         request_id=request_id,
         at=time.time_ns() // 1000,
         customer_id=answer.customer_id,
+        features=served.features,
         values=scored.values,
         probability=answer.churn_probability,
         champion=scored.champion,

@@ -17,6 +17,7 @@ from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
     Health,
     LaneHealth,
+    LogHealth,
     OnlineHealth,
     Prediction,
     StoredPrediction,
@@ -108,6 +109,7 @@ class Served:
         self.model = OnnxModel(release.model, len(release.manifest.features))
         check_golden(self.model.probabilities, release.golden)
         check_golden(self.model.one_by_one, release.golden)
+        self.features = release.manifest.feature_names
         context = bentoml.server_context
         built = context.bento_version not in ("", "not available")
         self.bento = f"{context.bento_name}:{context.bento_version}" if built else None
@@ -139,11 +141,18 @@ class Served:
         version, risk = self.manifest.model_version, self.manifest.risk
         return Scored(predict(customer_id, probability, version, risk), values, probability)
 
-    def health(self, started_at: datetime, online: OnlineHealth | None, lane: LaneHealth) -> Health:
+    def health(
+        self,
+        started_at: datetime,
+        *,
+        online: OnlineHealth | None,
+        log: LogHealth,
+        lane: LaneHealth,
+    ) -> Health:
         """What is served here."""
         manifest = self.manifest
         return Health(
-            status="healthy",
+            status="degraded" if log.reason else "healthy",
             model=manifest.model_name,
             version=manifest.model_version,
             release_id=manifest.release_id,
@@ -152,6 +161,7 @@ class Served:
             started_at=started_at,
             online_store=online,
             lane=lane,
+            prediction_log=log,
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import sqlite3
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from serving_cases import VALID
@@ -50,3 +52,59 @@ class Client:
 
     def close(self) -> None:
         self._connection.close()
+
+
+class Load:
+    """Clients that ask without a pause, each request by a name of its own.
+
+    `acknowledged` has the names of those whose whole answer arrived. `targets` maps the name of
+    a service to its URL; a service that is not there is asked again a little later.
+    """
+
+    def __init__(self, targets: dict[str, str], clients: int = 3):
+        self.targets, self.acknowledged = targets, []
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(name, number))
+            for name in targets
+            for number in range(clients)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, more: int, service: str) -> None:
+        """Wait until `service` has answered so many more requests."""
+        enough = self.count(service) + more
+        deadline = time.monotonic() + 60
+        while self.count(service) < enough:
+            assert time.monotonic() < deadline, f"{service} has not answered for a minute"
+            time.sleep(0.01)
+
+    def count(self, service: str) -> int:
+        return sum(name.startswith(service) for name in self.acknowledged)
+
+    def _ask(self, service: str, number: int) -> None:
+        client, asked = None, 0
+        while not self._ended.is_set():
+            asked += 1
+            name = f"{service}-{number}-{asked}"
+            try:
+                client = client or Client(self.targets[service])
+                status, _, headers = client.ask(headers={"x-request-id": name})
+                assert (status, headers["x-request-id"]) == (200, name)
+                self.acknowledged.append(name)
+            except (OSError, http.client.HTTPException):
+                if client:
+                    client.close()
+                client = None
+                time.sleep(0.02)
+        if client:
+            client.close()

@@ -53,6 +53,13 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
 class LogHealth(msgspec.Struct, frozen=True):
     """The prediction log as this worker sees it. `reason` says what keeps it from being used.
 
@@ -87,6 +94,7 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: datetime
     online_store: OnlineHealth | None
+    lane: LaneHealth
     prediction_log: LogHealth
 
 

@@ -14,9 +14,30 @@ from urllib.parse import urlsplit
 
 from serving_cases import VALID
 
+from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.logged import FILE_SUFFIX, LoggedPrediction, decode_logged
 
 JSON = {"content-type": "application/json"}
+
+
+def answered(name: str) -> LoggedPrediction:
+    return LoggedPrediction(
+        request_id=name,
+        at=time.time_ns() // 1000,
+        customer_id="c-1",
+        features=FEATURE_NAMES,
+        values=(1, 2.5, 3, 4, 5.5),
+        probability=0.5,
+        champion=0.5,
+        challenger=None,
+        arm="champion",
+        model_version="7",
+        release_id="v7",
+        bento=None,
+        cutoff=None,
+        stale=None,
+        latency_us=100,
+    )
 
 
 def stored(directory: Path) -> list[LoggedPrediction]:

@@ -12,12 +12,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from log_cases import Client, stored
+from log_cases import Client, answered, stored
 from online_cases import until
 from serving_cases import SERVICE, VALID
 
-from churn_assets.contract.features import FEATURE_NAMES
-from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.release import Release
 from churn_assets.contract.request import Refusal
 from churn_assets.contract.response import LogHealth
@@ -28,26 +26,6 @@ from churn_service.log_files import LogStore, Waiting
 from churn_service.prediction_log import DurableLog
 
 DISK_BYTES = 2 * 1024 * 1024
-
-
-def answered(name: str) -> LoggedPrediction:
-    return LoggedPrediction(
-        request_id=name,
-        at=time.time_ns() // 1000,
-        customer_id="c-1",
-        features=FEATURE_NAMES,
-        values=(1, 2.5, 3, 4, 5.5),
-        probability=0.5,
-        champion=0.5,
-        challenger=None,
-        arm="champion",
-        model_version="7",
-        release_id="v7",
-        bento=None,
-        cutoff=None,
-        stale=None,
-        latency_us=100,
-    )
 
 
 @pytest.fixture

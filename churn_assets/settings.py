@@ -40,6 +40,7 @@ from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
+from churn_assets.monitoring.trial import TrialPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -68,6 +69,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    trial_report: str = "30 4 * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 
@@ -141,6 +143,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     promotion: PromotionPolicy = PromotionPolicy()
+    trial: TrialPolicy = TrialPolicy()
     registry: RetentionPolicy = RetentionPolicy()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
@@ -262,6 +265,12 @@ def load_settings(path: str | Path | None = None) -> Settings:
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    if settings.trial.max_days <= settings.windows.horizon_days:
+        raise UserError(
+            f"{chosen}: trial.max_days ({settings.trial.max_days}) must be longer than "
+            f"windows.horizon_days ({settings.windows.horizon_days}), or no outcome is ever known "
+            "before a trial is over"
+        )
     if online.retention_days * 24 <= settings.serving.max_age_hours:
         raise UserError(
             f"{chosen}: online_store.retention_days ({online.retention_days}) must be longer than "

@@ -52,10 +52,26 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class TrialHealth(msgspec.Struct, frozen=True):
+    """A trial as one process of the service has seen it since it began to serve the release.
+
+    `asked` counts the rows the challenger was asked about, `failed` those it had no score for: the
+    champion answered them.
+    """
+
+    trial: str
+    challenger: str
+    share: float
+    shadow: bool
+    asked: int
+    failed: int
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source, `online_store` where there is none.
+    `bento` is null where the service runs from its source, `online_store` where there is none,
+    `trial` while no other model is on trial.
     """
 
     status: Literal["healthy"]
@@ -66,6 +82,7 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: datetime
     online_store: OnlineHealth | None
+    trial: TrialHealth | None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -66,6 +66,27 @@ rollback = dg.define_asset_job(
         "last known good one."
     ),
 )
+start_trial = dg.define_asset_job(
+    "start_trial",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={
+        "ops": {"production_release": {"config": {"what": "start_trial", "who": "", "why": ""}}}
+    },
+    tags=_ONE_PROMOTION,
+    description=(
+        "Put a version in Staging on trial beside the one in Production: who, why, and the version "
+        "when it is not the newest; share and shadow when they are not those of the settings."
+    ),
+)
+stop_trial = dg.define_asset_job(
+    "stop_trial",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={
+        "ops": {"production_release": {"config": {"what": "stop_trial", "who": "", "why": ""}}}
+    },
+    tags=_URGENT,
+    description="End the trial that is going on: who and why. The version stays in Staging.",
+)
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
@@ -112,4 +133,14 @@ def clean_archive() -> None:
     remove_old_versions()
 
 
-JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift, clean_archive]
+JOBS = [
+    daily_refresh,
+    training,
+    promotion,
+    approve_promotion,
+    rollback,
+    start_trial,
+    stop_trial,
+    drift,
+    clean_archive,
+]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from churn_assets.contract.logged import Arm
 from churn_assets.contract.lookup import Found
-from churn_assets.contract.release import Release, ReleaseError, check_golden
+from churn_assets.contract.release import MODEL, Release, ReleaseError, check_golden
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
     Health,
@@ -22,12 +22,13 @@ from churn_assets.contract.response import (
     predict,
     predict_stored,
 )
+from churn_service.trial import Scores, Trial
 
 
 class OnnxModel:
-    """The model of a release, on one thread: a row takes less time than a thread needs to wake."""
+    """A model of a release, on one thread: a row takes less time than a thread needs to wake."""
 
-    def __init__(self, content: bytes, features: int):
+    def __init__(self, content: bytes, features: int, name: str = MODEL):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -40,21 +41,19 @@ class OnnxModel:
             )
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ReleaseError(f"model.onnx cannot be loaded: {reason}") from error
-        self._run = session.run
+            raise ReleaseError(f"{name} cannot be loaded: {reason}") from error
+        self._run, self._name = session.run, name
         self._input = session.get_inputs()[0].name
         self._outputs = [session.get_outputs()[-1].name]
         shape = session.get_inputs()[0].shape
         if len(shape) != 2 or shape[1] != features:
-            raise ReleaseError(
-                f"model.onnx takes input {shape}, the release has {features} features"
-            )
+            raise ReleaseError(f"{name} takes input {shape}, the release has {features} features")
 
     def probabilities(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """P(churn) of each row; `rows` is float32 of shape (n, features)."""
         answer = self._run(self._outputs, {self._input: rows})[0]
         if not isinstance(answer, np.ndarray) or answer.ndim != 2 or answer.shape[1] != 2:
-            raise ReleaseError("model.onnx must end in class probabilities of shape (rows, 2)")
+            raise ReleaseError(f"{self._name} must end in class probabilities of shape (rows, 2)")
         return answer[:, 1]
 
 
@@ -84,6 +83,7 @@ class Served:
         self.decoder = RequestDecoder(release.manifest.features)
         self.model = OnnxModel(release.model, len(release.manifest.features))
         check_golden(self.model.probabilities, release.golden)
+        self.trial = self._trial(release)
         context = bentoml.server_context
         built = context.bento_version not in ("", "not available")
         self.bento = f"{context.bento_name}:{context.bento_version}" if built else None
@@ -100,21 +100,40 @@ class Served:
     def predict_rows(self, rows: Sequence[BatchRow]) -> list[Scored]:
         """The answers to one or more rows, computed in one call."""
         features = np.array([values for _, values, _ in rows], dtype=np.float32)
+        scores = self._scores([customer_id for customer_id, _, _ in rows], features)
         answers = []
-        for (customer_id, values, found), probability in zip(
-            rows, self.model.probabilities(features).tolist(), strict=True
-        ):
-            scored = self._scored(customer_id, values, probability)
+        for (customer_id, values, found), each in zip(rows, scores, strict=True):
+            scored = self._scored(customer_id, values, each)
             answers.append(_of_stored(scored, found) if found else scored)
         return answers
 
     def _score(self, customer_id: str, values: Sequence[float]) -> Scored:
         row = np.array([values], dtype=np.float32)
-        return self._scored(customer_id, values, float(self.model.probabilities(row)[0]))
+        return self._scored(customer_id, values, self._scores([customer_id], row)[0])
 
-    def _scored(self, customer_id: str, values: Sequence[float], probability: float) -> Scored:
-        version, risk = self.manifest.model_version, self.manifest.risk
-        return Scored(predict(customer_id, probability, version, risk), values, probability)
+    def _scores(self, customer_ids: Sequence[str], rows: NDArray[np.float32]) -> list[Scores]:
+        if self.trial is not None:
+            return self.trial.scores(customer_ids, rows)
+        return [Scores(p, None, "champion") for p in self.model.probabilities(rows).tolist()]
+
+    def _scored(self, customer_id: str, values: Sequence[float], scores: Scores) -> Scored:
+        champion, challenger, arm = scores
+        if arm == "challenger" and self.trial is not None:
+            probability, version = challenger, self.trial.model_version
+        else:
+            probability, version = champion, self.manifest.model_version
+        assert probability is not None, "the arm that answers has scored"
+        answer = predict(customer_id, probability, version, self.manifest.risk)
+        return Scored(answer, values, champion, challenger, arm)
+
+    def _trial(self, release: Release) -> Trial | None:
+        challenger = release.manifest.challenger
+        if challenger is None or release.challenger is None:
+            return None
+        model = OnnxModel(release.challenger.model, len(challenger.features), challenger.file)
+        check_golden(model.probabilities, release.challenger.golden, model=challenger.file)
+        names = release.manifest.feature_names
+        return Trial(challenger, names, self.model.probabilities, model.probabilities)
 
     def health(self, started_at: datetime, online: OnlineHealth | None) -> Health:
         """What is served here."""
@@ -128,6 +147,7 @@ class Served:
             features=manifest.feature_names,
             started_at=started_at,
             online_store=online,
+            trial=self.trial.health() if self.trial else None,
         )
 
 

@@ -337,10 +337,17 @@ def trial_status() -> None:
     from churn_assets.lifecycle.registry import read_registry
 
     found = trials(read_registry(client, name).history)
-    for each in reversed(found):
-        click.echo(each.line())
     if not found:
         click.echo("no version has been on trial; `churn trial start VERSION` begins a trial")
+        return
+    from churn_assets.monitoring.trial import last_report
+
+    report = last_report(home.records, found[-1].id)
+    for each in reversed(found):
+        click.echo(each.line())
+        if each is found[-1]:
+            for line in report.lines() if report else ["not judged yet: job trial, daily"]:
+                click.echo(f"  {line}")
 
 
 def _act_on_trial(job: str, who: str, why: str, config: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ from churn_assets.defs import (
     registry,
     serving,
     training,
+    trial,
 )
 from churn_assets.defs.jobs import JOBS
 from churn_assets.defs.progress import progress
@@ -36,6 +37,7 @@ defs = dg.Definitions(
         registry.registry_history,
         serving.churn_bento,
         monitoring.drift_report,
+        trial.trial_report,
     ],
     jobs=JOBS,
     schedules=SCHEDULES,

@@ -35,12 +35,12 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
-from churn_assets.monitoring.trial import TrialPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 

@@ -93,6 +93,14 @@ drift = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Compare the last seven days of features with what the model was trained on.",
 )
+# Where trials are the evidence, a report is followed by the decision.
+_JUDGED = ("promotion_decision",) if SETTINGS.promotion.evidence == "trial" else ()
+trial = dg.define_asset_job(
+    "trial",
+    selection=dg.AssetSelection.assets("trial_report", *_JUDGED),
+    tags={"churn/exclusive": "monitoring"},
+    description="Judge the version on trial by what has become known of its predictions.",
+)
 
 
 class Clean(dg.Config):
@@ -142,5 +150,6 @@ JOBS = [
     start_trial,
     stop_trial,
     drift,
+    trial,
     clean_archive,
 ]

@@ -309,6 +309,7 @@ def run_everything(home: Home) -> None:
         if trained.success and _something_to_serve(project, trained.run_id):
             launcher.run("bento", "promotion").require()
         launcher.run("drift", "drift").require()
+        launcher.run("trial", "trial", ["trial_report"]).require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -11,13 +11,20 @@ from churn_assets.contract.release import read_release
 from churn_assets.defs.metadata import steps_table, tenures_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
+from churn_assets.defs.trial import tried_beside_incumbent
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.comparison import compare_with_incumbent
-from churn_assets.lifecycle.history import Evidence, tenures
+from churn_assets.lifecycle.history import CHALLENGER, Evidence, tenures
 from churn_assets.lifecycle.production import carry_out, figures_of, in_production_now, roll_back
 from churn_assets.lifecycle.promotion import Approval, PromotionDecision, decide
 from churn_assets.lifecycle.records import EvaluationRecord, HistoryRecord, RegisteredModel
-from churn_assets.lifecycle.registry import PIPELINE, finish_pending, read_registry, transition
+from churn_assets.lifecycle.registry import (
+    PIPELINE,
+    POLICY,
+    finish_pending,
+    read_registry,
+    transition,
+)
 from churn_assets.lifecycle.release import store_release
 from churn_assets.lifecycle.trials import start_trial, stop_trial
 
@@ -93,21 +100,31 @@ def promotion_decision(
 ):
     """Whether the version in Staging goes to Production: verdict, reasons, evidence, policy.
 
-    The evidence is a replay of both models on the newest labelled customers. Nothing is moved here.
+    The evidence is a replay of both models on the newest labelled customers, or a trial on live
+    requests, by promotion.evidence. Nothing is moved here.
     """
     client, name = project.mlflow_client(), SETTINGS.model_name
     approval = Approval(config.who, config.why) if config.who is not None else None
     registry = read_registry(client, name)
-    version = config.version or registry.aliases.get("staging")
+    by_trial = SETTINGS.promotion.evidence == "trial"
+    version = (
+        config.version
+        or (registry.aliases.get(CHALLENGER) if by_trial else None)
+        or registry.aliases.get("staging")
+    )
     if version is None:
         raise UserError("no version is in Staging; train one that passes the gates")
+    if by_trial:
+        comparison = tried_beside_incumbent(project, registry, version)
+    else:
+        comparison = compare_with_incumbent(
+            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
+        )
     decision = decide(
         registry,
         version,
         figures=figures_of(client, registry.version(version)),
-        comparison=compare_with_incumbent(
-            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
-        ),
+        comparison=comparison,
         policy=SETTINGS.promotion,
         approval=approval,
         now=project.now(),
@@ -188,12 +205,15 @@ def production_release(
 
 
 def _change(client: "MlflowClient", config: Change, releases: Path, now: datetime) -> None:
-    name, word = SETTINGS.model_name, Approval(str(config.who), config.why)
+    name, by_policy = SETTINGS.model_name, config.who == POLICY
+    if config.what == "stop_trial":
+        # The one thing a policy may do alone: it takes nothing from what is in Production.
+        who = POLICY if by_policy else Approval(str(config.who), config.why).who
+        stop_trial(client, name, who=who, why=config.why, now=now)
+        return
+    word = Approval(str(config.who), config.why)
     if config.what == "rollback":
         roll_back(client, name, releases, approval=word, to=config.to, now=now)
-        return
-    if config.what == "stop_trial":
-        stop_trial(client, name, who=word.who, why=word.why, now=now)
         return
     version = config.version or read_registry(client, name).aliases.get("staging")
     if version is None:

@@ -38,6 +38,7 @@ ASSETS = (
     "registry_history",
     "churn_bento",
     "drift_report",
+    "trial_report",
 )
 GATES = (
     "accuracy",
@@ -63,6 +64,7 @@ CHECKS = {
     "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
+    "trial_report.no_harm",
 }
 FIRST, LAST = date(2024, 1, 1), date(2024, 8, 7)
 HORIZON, ACTIVITY = 30, 90

@@ -213,7 +213,7 @@ def predictions_of(
     rows = pd.DataFrame(
         {
             "customer_id": log["customer_id"],
-            "cutoff": log["cutoff"].fillna(of_requests),
+            "cutoff": log["cutoff"].fillna(of_requests).astype(_UTC_MOMENT),
             "at": log["at"],
             "request_id": log["request_id"],
             "champion": log["champion"].astype("float64"),
@@ -226,12 +226,14 @@ def predictions_of(
     rows = rows.sort_values(["cutoff", "at", "request_id"], kind="stable", ignore_index=True)
     first = ~rows.duplicated(["customer_id", "cutoff"]).to_numpy()
     kept, until = first.copy(), {}
-    ends = rows["cutoff"] + horizon_days * day
-    for place in np.flatnonzero(first):
-        customer, cutoff = rows["customer_id"].iat[place], rows["cutoff"].iat[place]
-        kept[place] = cutoff >= until.get(customer, cutoff)
-        if kept[place]:
-            until[customer] = ends.iat[place]
+    customers, cutoffs = rows["customer_id"].to_list(), rows["cutoff"].astype("int64").to_list()
+    horizon = horizon_days * day // timedelta(microseconds=1)
+    for place in np.flatnonzero(first).tolist():
+        customer, cutoff = customers[place], cutoffs[place]
+        if cutoff < until.get(customer, cutoff):
+            kept[place] = False
+        else:
+            until[customer] = cutoff + horizon
     return Predictions(
         rows[kept].reset_index(drop=True),
         logged=len(rows),
@@ -435,7 +437,7 @@ def _paired(rows: pd.DataFrame, policy: TrialPolicy) -> Judged:
     found = confidence_sequence(clipped, -clip, clip, policy.alpha, ends)
     looks = tuple(
         Look(cutoff, int(end), float(mean), float(lower), float(upper))
-        for cutoff, end, mean, lower, upper in zip(cutoffs, ends, *found, strict=True)
+        for cutoff, end, mean, lower, upper in zip(_moments(cutoffs), ends, *found, strict=True)
     )
     figures = _figures(looks[-1]) | {
         "champion_log_loss": float(champion.mean()),
@@ -470,7 +472,7 @@ def _by_arm(rows: pd.DataFrame, policy: TrialPolicy) -> Judged:
     looks = tuple(
         Look(cutoff, int(end), float(mean), float(lower), float(upper))
         for cutoff, end, mean, lower, upper in zip(
-            cutoffs[begun],
+            _moments(cutoffs[begun]),
             ends_of["champion"][begun] + ends_of["challenger"][begun],
             challenger.mean - champion.mean,
             challenger.lower - champion.upper,
@@ -496,6 +498,10 @@ def _ends(cutoffs: pd.Series) -> tuple[pd.DatetimeIndex, NDArray[np.int64]]:
     """The cutoffs there are, oldest first, and how many rows there are up to each."""
     counts = cutoffs.value_counts().sort_index()
     return pd.DatetimeIndex(counts.index), counts.to_numpy(dtype=np.int64).cumsum()
+
+
+def _moments(cutoffs: pd.DatetimeIndex) -> list[datetime]:
+    return [pd.Timestamp(cutoff).to_pydatetime() for cutoff in cutoffs]
 
 
 def _figures(look: Look) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ HARMFUL: tuple[Verdict, ...] = ("worse", STOPPED)
 PASSING: tuple[Verdict, ...] = ("challenger better", "no worse within margin")
 
 _UTC_MOMENT = "datetime64[us, UTC]"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EMPTY_LOG = pd.DataFrame(
     {
         "request_id": pd.Series(dtype="str"),
@@ -501,7 +502,7 @@ def _ends(cutoffs: pd.Series) -> tuple[pd.DatetimeIndex, NDArray[np.int64]]:
 
 
 def _moments(cutoffs: pd.DatetimeIndex) -> list[datetime]:
-    return [pd.Timestamp(cutoff).to_pydatetime() for cutoff in cutoffs]
+    return [_EPOCH + timedelta(microseconds=cutoff) for cutoff in cutoffs.astype("int64").to_list()]
 
 
 def _figures(look: Look) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from churn_assets.contract.logged import Durability, WhenBroken
 from churn_assets.contract.request import Refusal
 from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
@@ -67,14 +68,41 @@ class TrialHealth(msgspec.Struct, frozen=True):
     failed: int
 
 
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
+class LogHealth(msgspec.Struct, frozen=True):
+    """The prediction log as this worker sees it. `reason` says what keeps it from being used.
+
+    store: the directory or the server, without a password; `off` where the service was told to
+    serve unlogged. rows_waiting: kept, but not ingested yet, the oldest answered at oldest_waiting;
+    of this worker or, on a server, of all. unlogged: predictions this worker has answered that are
+    not in the log.
+    """
+
+    store: str
+    usable: bool
+    durability: Durability | None = None
+    when_broken: WhenBroken | None = None
+    rows_waiting: int | None = None
+    oldest_waiting: datetime | None = None
+    unlogged: int = 0
+    reason: str | None = None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source, `online_store` where there is none,
-    `trial` while no other model is on trial.
+    `status` is `degraded` while the prediction log is broken. `bento` is null where the service
+    runs from its source, `online_store` where there is none, `trial` while no other model is on
+    trial.
     """
 
-    status: Literal["healthy"]
+    status: Literal["healthy", "degraded"]
     model: str
     version: str
     release_id: str
@@ -82,6 +110,8 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: datetime
     online_store: OnlineHealth | None
+    lane: LaneHealth
+    prediction_log: LogHealth
     trial: TrialHealth | None = None
 
 

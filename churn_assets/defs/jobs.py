@@ -101,6 +101,13 @@ trial = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Judge the version on trial by what has become known of its predictions.",
 )
+# What is not there yet is there an hour later; two passes at once would refuse each other.
+prediction_log = dg.define_asset_job(
+    "prediction_log",
+    selection=dg.AssetSelection.assets("prediction_log"),
+    tags={"churn/exclusive": "prediction_log"},
+    description="Bring what services answered from their log into the lake.",
+)
 
 
 class Clean(dg.Config):
@@ -150,6 +157,7 @@ JOBS = [
     start_trial,
     stop_trial,
     drift,
+    prediction_log,
     trial,
     clean_archive,
 ]

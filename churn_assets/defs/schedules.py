@@ -1,4 +1,4 @@
-"""The schedules: the daily refresh, Monday's training, the daily drift report."""
+"""The schedules: the daily refresh, Monday's training, drift, the hourly prediction log."""
 
 from datetime import UTC, date, datetime, timedelta
 
@@ -182,6 +182,13 @@ def trial_schedule(
     return dg.RunRequest()
 
 
+prediction_log_schedule = dg.ScheduleDefinition(
+    job=jobs.prediction_log,
+    cron_schedule=cron("prediction_log"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -194,5 +201,6 @@ SCHEDULES = [
     training_schedule,
     drift_schedule,
     trial_schedule,
+    prediction_log_schedule,
     clean_archive_schedule,
 ]

@@ -368,30 +368,33 @@ def test_a_challenger_of_fewer_features_gets_its_own(
         assert scored.challenger == pytest.approx(expected, abs=1e-5)
 
 
-def raising(rows: np.ndarray) -> np.ndarray:
-    raise RuntimeError("the model is out of its mind")
+class Failing:
+    """A challenger that fails. `answer` is what it says, if it gets so far."""
+
+    def __init__(self, answer: float | None, extra: int = 0) -> None:
+        self.answer, self.extra = answer, extra
+
+    def probability(self, values: Any) -> float:
+        if self.answer is None:
+            raise RuntimeError("the model is out of its mind")
+        return self.answer
+
+    def probabilities(self, rows: np.ndarray) -> np.ndarray:
+        return np.full(len(rows) + self.extra, self.probability(None), dtype=np.float32)
 
 
-def nan(rows: np.ndarray) -> np.ndarray:
-    return np.full(len(rows), np.nan, dtype=np.float32)
-
-
-def short(rows: np.ndarray) -> np.ndarray:
-    return np.zeros(len(rows) + 1, dtype=np.float32)
-
-
-@pytest.mark.parametrize("failure", [raising, nan, short])
+@pytest.mark.parametrize("failure", [Failing(None), Failing(np.nan), Failing(np.inf)])
 @pytest.mark.parametrize("shadow", [True, False])
 def test_a_challenger_that_fails_costs_no_request(
     service: ModuleType,
     trial: Release,
     without_shadow: Release,
     model: Model,
-    failure: Callable[[np.ndarray], np.ndarray],
+    failure: Failing,
     shadow: bool,
 ) -> None:
     served = service.Served(trial if shadow else without_shadow)
-    served.trial._challenger_score = failure
+    served.trial._model = failure
     champion = model.predict(np.array([ROW], dtype=np.float32))[0]
     for scored in all_ways(service, served, CHAMPIONS[:4] + CHALLENGED[:4]):
         assert scored.arm == "champion"
@@ -405,12 +408,20 @@ def test_a_challenger_that_fails_costs_no_request(
 
 def test_one_row_of_a_batch_may_fail_alone(service: ModuleType, trial: Release) -> None:
     served = service.Served(trial)
-    inner = served.trial._challenger_score
-    served.trial._challenger_score = lambda rows: np.where(rows[:, 0] > 4, np.nan, inner(rows))
+    inner = served.trial._model
+
+    class Picky(Failing):
+        def probabilities(self, rows: np.ndarray) -> np.ndarray:
+            return np.where(rows[:, 0] > 4, np.nan, inner.probabilities(rows))
+
+    served.trial._model = Picky(None)
     rows = [(i, [orders, *ROW[1:]], None) for i, orders in zip(CHALLENGED, (3, 5, 4), strict=False)]
     scored = served.predict_rows(rows)
     assert [s.arm for s in scored] == ["challenger", "champion", "challenger"]
     assert [s.answer.model_version for s in scored] == ["8", "7", "8"]
+    # Answers nobody asked for are those of no row.
+    served.trial._model = Failing(0.5, extra=1)
+    assert {s.arm for s in served.predict_rows(rows)} == {"champion"}
 
 
 class Kept:

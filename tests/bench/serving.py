@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 
 from churn_assets.contract.features import features_for
+from churn_assets.contract.logged import LOG_VARIABLE
 from churn_assets.contract.release import Release
 from churn_assets.data.lake import Lake
 from churn_assets.home import PROJECT_ROOT
@@ -200,7 +201,10 @@ def _start(
 ) -> dict[str, Server]:
     """Ours and the peers by name, ready. The slow starters start beside each other."""
     seed = {"SEED_MODEL": str(prepared.mlflow_model)}
-    bare = {"CHURN_RELEASE_DIR": str(prepared.release.directory)}
+    bare = {
+        "CHURN_RELEASE_DIR": str(prepared.release.directory),
+        LOG_VARIABLE: str((scratch / "bare-log").resolve()),
+    }
     mlflow = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(prepared.mlflow_model),
               "--env-manager", "local", "--workers", "1", "--host", HOST, "--port"]  # fmt: skip
     commands = {
@@ -277,7 +281,7 @@ def _wait(server: Server, customer: dict[str, Any], name: str) -> None:
         try:
             answer = ask(server.url, server.body(customer), path=server.path)
         except Exception:
-            if not server.process.is_running():
+            if server.process.status() == psutil.STATUS_ZOMBIE:
                 break
             time.sleep(0.1)
             continue

@@ -258,15 +258,16 @@ def _running(
         # MLflow starts the uvicorn it finds.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    process = subprocess.Popen(
-        command,
-        cwd=scratch,
-        env={**os.environ, **ours, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=(scratch / "servers.log").open("ab"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (scratch / "servers.log").open("ab") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=scratch,
+            env={**os.environ, **ours, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         yield psutil.Process(process.pid)
     finally:
@@ -318,7 +319,6 @@ def _measure(
     for name, server in servers.items():
         files[name] = scratch / f"{name}.jsonl"
         files[name].write_bytes(b"".join(server.body(c) + b"\n" for c in customers))
-        _wrk(server, files[name], 1, 1)
     seen: dict[tuple[str, int], list[Figures]] = {}
     names = list(servers)
     for number in range(rounds):

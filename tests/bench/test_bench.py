@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ import pytest
 from churn_assets.contract.features import FEATURES
 from churn_assets.data.lake import Lake
 from churn_assets.data.windows import days_between
+from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
 from churn_assets.simulator.shop import Shop
 from tests.bench import __main__ as command
 from tests.bench import engines, events, features, model, online, serving, validation
@@ -128,8 +131,16 @@ def test_the_reference_has_the_five_features_and_fifty_more(tmp_path: Path) -> N
     assert np.allclose(rich["login_frequency"].fillna(0), plain["login_frequency_7d"])
 
 
+def fit_quickly(*data: Any, seed: int, policy: TrainingPolicy) -> TrainedModel:
+    quick = replace(policy, families=("hist_gradient_boosting",), trials=1, folds=1)
+    return fit(*data, seed=seed, policy=quick)
+
+
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="there is no wrk; install it")
-def test_servers_with_the_same_model_are_measured_on_the_same_customers(tmp_path: Path) -> None:
+def test_servers_with_the_same_model_are_measured_on_the_same_customers(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(serving, "fit", fit_quickly)
     # That the peers answer as ours do is looked at before anything is measured.
     lines = serving.run(
         tmp_path, 300, 250, rounds=1, seconds=1, connections=(2,), peers=("seed", "bare")

@@ -114,6 +114,36 @@ def serve(port: int) -> None:
     serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
+@cli.command()
+@click.argument("release", type=click.Path(path_type=Path), required=False)
+@click.option("--by-id/--features-only", default=True, help="With an online store, or without.")
+@click.option("--keys/--no-keys", default=False, help="For a service that asks for API keys.")
+def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
+    """Print the OpenAPI document of the service with RELEASE, a directory; default: what serves.
+
+    The service itself publishes the one that is true of it at GET /openapi.json.
+    """
+    import msgspec
+
+    from churn_assets.contract.openapi import openapi as describe
+    from churn_assets.contract.release import ReleaseError, read_release
+    from churn_assets.lifecycle.bento import bento_of_tag
+    from churn_assets.lifecycle.pointer import read_current
+
+    home = Home.from_environment()
+    if release is None:
+        current = read_current(home.current)
+        if current is None:
+            raise UserError("nothing is in Production yet: `make run` brings a first version there")
+        release = bento_of_tag(current.bento, home.bentoml).path / "src" / "release"
+    try:
+        manifest = read_release(release).manifest
+    except ReleaseError as error:
+        raise UserError(str(error)) from None
+    document = describe(manifest, by_id=by_id, keys=keys)
+    click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
+
+
 @cli.command("validate-data")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--min-rows", type=int, help="Default: 10000 for a FILE.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -12,12 +12,15 @@ from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
 PROBABILITY_DIGITS = 4
 
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The answer to `POST /predict`."""
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
 
@@ -29,10 +32,10 @@ class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
     """
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
-    cutoff: datetime
+    cutoff: Moment
     stale: bool
 
 
@@ -44,8 +47,8 @@ class OnlineHealth(msgspec.Struct, frozen=True):
 
     reachable: bool
     usable: bool
-    newest_cutoff: datetime | None
-    data_time: datetime | None
+    newest_cutoff: Moment | None
+    data_time: Moment | None
     features: tuple[str, ...] | None
     max_age_hours: float
     when_stale: Literal["refuse", "flag"]
@@ -64,7 +67,7 @@ class Health(msgspec.Struct, frozen=True):
     release_id: str
     bento: str | None
     features: tuple[str, ...]
-    started_at: datetime
+    started_at: Moment
     online_store: OnlineHealth | None
 
 

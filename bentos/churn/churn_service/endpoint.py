@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from churn_assets.contract import openapi
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.lookup import Found
 from churn_assets.contract.online import to_microseconds
@@ -51,6 +52,7 @@ class Endpoint:
     def __init__(self) -> None:
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
+        self._described: tuple[Served | None, bytes] = (None, b"")
 
     def start(self, served: Served) -> None:
         """Serve `served` from now on, with the online store the environment names."""
@@ -89,8 +91,12 @@ class Endpoint:
                     raise WrongMethod(path, "GET, HEAD")
                 online = await self.online.health() if self.online else None
                 answer = _encode(self.served.health(self.started_at, online))
+            elif path == openapi.PATH:
+                if method not in ("GET", "HEAD"):
+                    raise WrongMethod(path, "GET, HEAD")
+                answer = self._document(self.served)
             else:
-                known = "POST /predict, POST /predict_batch and GET /health"
+                known = f"POST /predict, POST /predict_batch, GET /health and GET {openapi.PATH}"
                 raise Refusal(404, "path", f"there are {known} here")
         except Refusal as refusal:
             status, answer = refusal.status, _encode(refuse(refusal))
@@ -112,6 +118,14 @@ class Endpoint:
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
+
+    def _document(self, served: Served) -> bytes:
+        by_id = self.online is not None
+        made_of, document = self._described
+        if made_of is not served:
+            document = _encode(openapi.openapi(served.manifest, by_id=by_id, keys=False))
+            self._described = (served, document)
+        return document
 
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
         """The answer to a request by id alone. Raises Refusal."""

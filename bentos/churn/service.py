@@ -21,6 +21,7 @@ from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.endpoint import Endpoint
 from churn_service.online import online_store
 from churn_service.served import Served
+from churn_service.tracing import ignore_trace_headers
 
 BAKED_RELEASE = Path(__file__).resolve().parent / "release"
 RELEASE_VARIABLE = "CHURN_RELEASE_DIR"
@@ -79,6 +80,7 @@ class Churn:
             endpoint.start(Served(read_release(release_directory())))
         except ReleaseError as error:
             raise _refused_start(error) from None
+        ignore_trace_headers()
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,
         # none of them garbage. Full collections over them stopped the service for 80 to 180 ms.
         gc.freeze()

@@ -63,6 +63,12 @@ class Home:
         return self.root / "serving" / "current.json"
 
     @property
+    def api_keys(self) -> Path:
+        """Which API keys the service takes; CHURN_API_KEYS names another file."""
+        named = os.environ.get("CHURN_API_KEYS")
+        return Path(named).expanduser().resolve() if named else self.root / "serving" / "keys.json"
+
+    @property
     def feast_registry(self) -> Path:
         """Feast's registry, where the settings name no database."""
         return self.root / "feast" / "registry.db"

@@ -18,6 +18,7 @@ from pathlib import Path
 import bentoml
 
 from churn_assets.contract.release import ReleaseError, read_release
+from churn_service.access import access
 from churn_service.endpoint import Endpoint
 from churn_service.online import online_store
 from churn_service.served import Served
@@ -72,6 +73,7 @@ class Churn:
         """Refuse a bad release before any worker exists: a worker that fails is only restarted."""
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
+            access(os.environ)
         except ReleaseError as error:
             raise _refused_start(error) from None
 

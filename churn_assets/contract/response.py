@@ -55,10 +55,18 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class AccessHealth(msgspec.Struct, frozen=True):
+    """How many API keys are valid. `reason` says why a change of their file is not taken over."""
+
+    keys: int
+    reason: str | None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source, `online_store` where there is none.
+    `bento` is null where the service runs from its source, `online_store` where there is none,
+    `api_keys` where none are asked for.
     """
 
     status: Literal["healthy"]
@@ -69,6 +77,7 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: Moment
     online_store: OnlineHealth | None
+    api_keys: AccessHealth | None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.keys import KEYS_VARIABLE
 from churn_assets.contract.online import is_redis
 from churn_assets.contract.release import read_release
 from churn_assets.contract.response import predict
@@ -152,7 +153,8 @@ def serve(
                 online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
-                environment=environment,
+                # Who asks here has no key of the service in production.
+                environment={KEYS_VARIABLE: ""} | dict(environment or {}),
                 sink=sink.fileno(),
                 log=log,
                 start_timeout=start_timeout,

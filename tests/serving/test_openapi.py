@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Generator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jsonschema_rs
@@ -17,11 +18,13 @@ from online_cases import STORED, content, write
 from serving_cases import BAD_BODIES, SERVICE, VALID
 
 from churn_assets.cli import cli
+from churn_assets.contract.keys import KEYS_VARIABLE
 from churn_assets.contract.openapi import openapi
 from churn_assets.contract.release import Release
 from churn_assets.contract.request import CustomerRequest, Refusal, RequestDecoder
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.keys import add_key
 from churn_assets.lifecycle.serving import OnlineStore, serve
 
 # So many requests an endpoint; a longer run sets more.
@@ -77,18 +80,33 @@ def test_without_a_store_the_id_alone_is_no_request(release: Release) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def key(keys: Path) -> str:
+    return add_key(keys, "schemathesis", now=datetime.now(UTC), rate=None, days=None)[1]
+
+
+@pytest.fixture(scope="module")
+def url(
+    release: Release, keys: Path, key: str, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[str]:
+    """A service with all there is to describe: an online store and API keys."""
     store = tmp_path_factory.mktemp("feast") / "online.db"
     # "0" is what generators of text begin with.
     write(store, *content({"0": STORED["c-1"], **STORED}))
-    with serve(SERVICE, release.directory, online=OnlineStore(str(store))) as base_url:
+    environment = {KEYS_VARIABLE: str(keys)}
+    online = OnlineStore(str(store))
+    with serve(SERVICE, release.directory, online=online, environment=environment) as base_url:
         yield base_url
 
 
 def test_the_service_publishes_the_document_of_its_release(url: str, release: Release) -> None:
     with urllib.request.urlopen(f"{url}/openapi.json", timeout=20) as response:
         assert response.headers["content-type"] == "application/json"
-        assert json.load(response) == openapi(release.manifest, by_id=True, keys=False)
+        assert json.load(response) == openapi(release.manifest, by_id=True, keys=True)
 
 
 def test_the_document_of_a_release_can_be_printed(
@@ -119,8 +137,8 @@ def schemathesis(url: str, folder: Path, *options: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def test_the_service_does_what_the_document_says(url: str, tmp_path: Path) -> None:
-    done = schemathesis(url, tmp_path)
+def test_the_service_does_what_the_document_says(url: str, key: str, tmp_path: Path) -> None:
+    done = schemathesis(url, tmp_path, "--header", f"Authorization: Bearer {key}")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "5 selected / 5 total" in done.stdout
     assert "No issues found" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from churn_assets.contract.response import (
     refuse,
     refuse_row,
 )
+from churn_service.access import CHALLENGE, Access, Caller, access
 from churn_service.bodies import Message, Receive, Send, read_body
 from churn_service.online import ONLINE_VARIABLE, OnlineStore, online_store
 from churn_service.prediction_log import NotLogged, PredictionLog
@@ -48,6 +50,7 @@ class Endpoint:
     served: Served
     started_at: datetime
     online: OnlineStore | None
+    access: Access | None
 
     def __init__(self) -> None:
         self._batches = ThreadPoolExecutor(1, "batch")
@@ -57,6 +60,7 @@ class Endpoint:
     def start(self, served: Served) -> None:
         """Serve `served` from now on, with the online store the environment names."""
         self.online = online_store(served.manifest.features)
+        self.access = access(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -71,6 +75,8 @@ class Endpoint:
             if path == "/predict":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                if self.access is not None:
+                    self.access.admit(scope["headers"])
                 body = await read_body(scope, receive, MAX_BODY_BYTES)
                 # Once: whatever this request passes on its way is of one release.
                 served = self.served
@@ -84,13 +90,15 @@ class Endpoint:
             elif path == "/predict_batch":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                caller = self.access.admit(scope["headers"]) if self.access else None
                 body = await read_body(scope, receive, MAX_BATCH_BYTES)
-                answer = await self._predict_batch(self.served, body, arrived)
+                answer = await self._predict_batch(self.served, body, caller, arrived)
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
                 online = await self.online.health() if self.online else None
-                answer = _encode(self.served.health(self.started_at, online))
+                keys = self.access.health() if self.access else None
+                answer = _encode(self.served.health(self.started_at, online, keys))
             elif path == openapi.PATH:
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
@@ -102,6 +110,8 @@ class Endpoint:
             status, answer = refusal.status, _encode(refuse(refusal))
             if status in (408, 413):
                 headers.append((b"connection", b"close"))
+            if status == 401:
+                headers.append((b"www-authenticate", CHALLENGE))
             if refusal.retry_after is not None:
                 headers.append((b"retry-after", b"%d" % refusal.retry_after))
             if isinstance(refusal, WrongMethod):
@@ -123,7 +133,8 @@ class Endpoint:
         by_id = self.online is not None
         made_of, document = self._described
         if made_of is not served:
-            document = _encode(openapi.openapi(served.manifest, by_id=by_id, keys=False))
+            keys = self.access is not None
+            document = _encode(openapi.openapi(served.manifest, by_id=by_id, keys=keys))
             self._described = (served, document)
         return document
 
@@ -136,13 +147,17 @@ class Endpoint:
             raise found
         return served.predict_stored(request.customer_id, found)
 
-    async def _predict_batch(self, served: Served, body: bytes, arrived: int) -> bytes:
+    async def _predict_batch(
+        self, served: Served, body: bytes, caller: Caller | None, arrived: int
+    ) -> bytes:
         """The encoded answer to a batch. Raises Refusal when none of its rows can be answered.
 
         What takes long runs beside the event loop, one batch after the other.
         """
         run = asyncio.get_running_loop().run_in_executor
         requests = await run(self._batches, served.decoder.decode_batch, body)
+        if caller is not None:
+            caller.spend_more(len(requests) - 1)
         ids = [r.customer_id for r in requests if isinstance(r, CustomerRequest)]
         found: list[Found | Refusal] = []
         if ids and self.online is None:

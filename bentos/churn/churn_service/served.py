@@ -15,6 +15,7 @@ from churn_assets.contract.lookup import Found
 from churn_assets.contract.release import Release, ReleaseError, check_golden
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
+    AccessHealth,
     Health,
     OnlineHealth,
     Prediction,
@@ -116,7 +117,9 @@ class Served:
         version, risk = self.manifest.model_version, self.manifest.risk
         return Scored(predict(customer_id, probability, version, risk), values, probability)
 
-    def health(self, started_at: datetime, online: OnlineHealth | None) -> Health:
+    def health(
+        self, started_at: datetime, online: OnlineHealth | None, keys: AccessHealth | None
+    ) -> Health:
         """What is served here."""
         manifest = self.manifest
         return Health(
@@ -128,6 +131,7 @@ class Served:
             features=manifest.feature_names,
             started_at=started_at,
             online_store=online,
+            api_keys=keys,
         )
 
 

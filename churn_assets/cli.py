@@ -105,7 +105,7 @@ def up() -> None:
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
-    from churn_assets.lifecycle.serving import OnlineStore, serve_current
+    from churn_assets.lifecycle.serving import OnlineStore, PredictionLog, serve_current
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
@@ -114,7 +114,10 @@ def serve(port: int) -> None:
         # The service reads it from its environment, which it has from here.
         os.environ["CHURN_API_KEYS"] = str(home.api_keys)
     location = settings.online_store.url or str(home.online_store)
-    serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+    online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
+    kept = policy.prediction_log.location(home.prediction_log)
+    log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
+    serve_current(home, port, online, log)
 
 
 @cli.command()

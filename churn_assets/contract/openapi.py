@@ -56,6 +56,10 @@ _READING = (400, 405, 408, 413, 415, 422, 429, 500, 503, 504)
 _STORED = (404, 409)
 
 _SECONDS = {"type": "integer", "minimum": 0}
+_REQUEST_ID = {
+    "description": "The request's, as its answer is found in the prediction log",
+    "schema": {"type": "string"},
+}
 _HEADERS: dict[int, dict[str, Schema]] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string"}}},
     405: {"Allow": {"required": True, "schema": {"type": "string"}}},
@@ -167,6 +171,15 @@ def _operation(
     operation: Schema = {
         "operationId": name,
         "summary": summary,
+        "parameters": [
+            {
+                "name": "X-Request-Id",
+                "in": "header",
+                "description": "1 to 128 printable ASCII characters; of anything else, and of "
+                "nothing, the service makes one",
+                "schema": {"type": "string"},
+            }
+        ],
         "requestBody": {"required": True, "content": _json(_ref(body))},
         "responses": {"200": {"description": "Answered", "content": _json(_ref(answer))}}
         | _refusals(statuses),
@@ -196,11 +209,17 @@ def _refusals(statuses: tuple[int, ...]) -> Schema:
     return {
         str(status): {
             "description": _REFUSED[status],
+            "headers": _headers(status),
             "content": _json(_ref("ErrorAnswer")),
         }
-        | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
         for status in sorted(statuses)
     }
+
+
+def _headers(status: int) -> dict[str, Schema]:
+    # A service that is starting answers 503 before it knows what it was asked.
+    identity = _REQUEST_ID | {"required": status != 503}
+    return {"X-Request-Id": identity, **_HEADERS.get(status, {})}
 
 
 def _json(schema: Mapping[str, Any]) -> Schema:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from churn_assets.contract.logged import Durability, WhenBroken
 from churn_assets.contract.request import Refusal
 from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
@@ -62,14 +63,40 @@ class AccessHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
+class LogHealth(msgspec.Struct, frozen=True):
+    """The prediction log as this worker sees it. `reason` says what keeps it from being used.
+
+    store: the directory or the server, without a password; `off` where the service was told to
+    serve unlogged. rows_waiting: kept, but not ingested yet, the oldest answered at oldest_waiting;
+    of this worker or, on a server, of all. unlogged: predictions this worker has answered that are
+    not in the log.
+    """
+
+    store: str
+    usable: bool
+    durability: Durability | None = None
+    when_broken: WhenBroken | None = None
+    rows_waiting: int | None = None
+    oldest_waiting: datetime | None = None
+    unlogged: int = 0
+    reason: str | None = None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source, `online_store` where there is none,
-    `api_keys` where none are asked for.
+    `status` is `degraded` while the prediction log is broken. `bento` is null where the service
+    runs from its source, `online_store` where there is none, `api_keys` where none are asked for.
     """
 
-    status: Literal["healthy"]
+    status: Literal["healthy", "degraded"]
     model: str
     version: str
     release_id: str
@@ -77,7 +104,9 @@ class Health(msgspec.Struct, frozen=True):
     features: tuple[str, ...]
     started_at: Moment
     online_store: OnlineHealth | None
-    api_keys: AccessHealth | None = None
+    api_keys: AccessHealth | None
+    lane: LaneHealth
+    prediction_log: LogHealth
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

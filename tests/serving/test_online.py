@@ -37,6 +37,7 @@ def call(
 
     def started(location: Path | str | None, of: Release = release, **variables: str) -> Caller:
         monkeypatch.setenv("CHURN_ONLINE_STORE", str(location or ""))
+        monkeypatch.setenv("CHURN_PREDICTION_LOG", "off")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         endpoint = service.Endpoint()

@@ -81,6 +81,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
     started_at = datetime.fromisoformat(health.pop("started_at"))
     assert started_at.tzinfo is not None
     assert started_at <= datetime.now(UTC)
+    assert health.pop("prediction_log")["usable"]
     assert health == {
         "status": "healthy",
         "model": "churn",
@@ -90,6 +91,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "features": [feature.name for feature in FEATURES],
         "online_store": None,
         "api_keys": None,
+        "lane": {"fast": True, "reason": None},
     }
     assert client.send(b"", "HEAD", "/health", {})[:2] == (200, {})
 
@@ -101,7 +103,7 @@ def test_the_probes_and_metrics_of_bentoml_work(client: Client, path: str) -> No
     content = response.read()
     assert response.status == 200
     if path == "/metrics":
-        assert b'endpoint="/predict"' in content
+        assert b'churn_requests_total{endpoint="/predict",status="200"}' in content
 
 
 @pytest.mark.parametrize(("body", "status", "field"), BAD_BODIES)

@@ -21,6 +21,7 @@ import bentoml
 
 from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.access import access
+from churn_service.connections import allow_many_connections, head_seconds
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import choose_lane, service_options
 from churn_service.online import online_store
@@ -86,6 +87,7 @@ class Churn:
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
             access(os.environ)
+            head_seconds(os.environ)
             prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
@@ -98,6 +100,7 @@ class Churn:
         except ReleaseError as error:
             raise _refused_start(error) from None
         ignore_trace_headers()
+        allow_many_connections()
         # uvicorn writes lines for its access log as long as anybody might listen to them.
         logging.getLogger("uvicorn.access").propagate = False
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,

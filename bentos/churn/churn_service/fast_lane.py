@@ -14,6 +14,7 @@ and the same to the byte.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from churn_assets.contract import openapi
 from churn_assets.contract.release import ReleaseError
 from churn_assets.contract.response import LaneHealth
 from churn_service.bodies import Message, Receive, Send
+from churn_service.connections import guard_connections
 
 FAST_LANE_VARIABLE = "CHURN_FAST_LANE"
 PATHS = frozenset({"/predict", "/predict_batch", "/health", openapi.PATH})
@@ -61,6 +63,7 @@ def service_options(lane: LaneHealth, endpoint: Application) -> dict[str, Any]:
         """A service whose application has the fast lane before BentoML's own."""
 
         def to_asgi(self, is_main: bool = True) -> Application:
+            guard_connections(os.environ)
             return FastLane(endpoint, super().to_asgi(is_main=is_main))
 
     return {"service_class": FastLaneService}

@@ -63,6 +63,21 @@ class AccessHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class TrialHealth(msgspec.Struct, frozen=True):
+    """A trial as one process of the service has seen it since it began to serve the release.
+
+    `asked` counts the rows the challenger was asked about, `failed` those it had no score for: the
+    champion answered them.
+    """
+
+    trial: str
+    challenger: str
+    share: float
+    shadow: bool
+    asked: int
+    failed: int
+
+
 class LaneHealth(msgspec.Struct, frozen=True):
     """How requests reach the endpoint. `reason` says why it is not the fast lane."""
 
@@ -93,7 +108,8 @@ class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
     `status` is `degraded` while the prediction log is broken. `bento` is null where the service
-    runs from its source, `online_store` where there is none, `api_keys` where none are asked for.
+    runs from its source, `online_store` where there is none, `api_keys` where none are asked for,
+    `trial` while no other model is on trial.
     """
 
     status: Literal["healthy", "degraded"]
@@ -107,6 +123,7 @@ class Health(msgspec.Struct, frozen=True):
     api_keys: AccessHealth | None
     lane: LaneHealth
     prediction_log: LogHealth
+    trial: TrialHealth | None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -91,6 +91,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "features": [feature.name for feature in FEATURES],
         "online_store": None,
         "api_keys": None,
+        "trial": None,
         "lane": {"fast": True, "reason": None},
     }
     assert client.send(b"", "HEAD", "/health", {})[:2] == (200, {})

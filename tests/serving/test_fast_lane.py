@@ -348,6 +348,8 @@ def test_not_ready_before_the_release_is_loaded(
     asyncio.run(check())
 
 
+# Each needs a BentoML that is imported, which warns.
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize(
     ("version", "fast"),
     [
@@ -369,10 +371,12 @@ def test_the_fast_lane_is_taken_with_the_versions_it_holds_for(version: str, fas
     assert not choose_lane({"CHURN_FAST_LANE": "off"}, version).fast
 
 
+@pytest.mark.usefixtures("service")
 def test_the_installed_bentoml_is_one_it_holds_for() -> None:
     assert choose_lane({}) == FAST
 
 
+@pytest.mark.usefixtures("service")
 def test_a_bentoml_without_the_way_in_has_no_fast_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bentoml, "service", lambda inner=None, **config: None)
     assert not choose_lane({}).fast

@@ -123,11 +123,13 @@ class PredictionLogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How old features may be that a service takes from the online store, in hours of data time.
 
-    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so.
+    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so. api_keys:
+    whether a prediction needs a key of `churn keys add`.
     """
 
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
+    api_keys: bool = False
     prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:

@@ -265,6 +265,27 @@ def deploy() -> None:
 
 
 @cli.command()
+@click.option("--tag", help="The bento, when it is not the one in Production.")
+def image(tag: str | None) -> None:
+    """Build the container of the bento in Production."""
+    from churn_assets.lifecycle.bento import bento_of_tag
+    from churn_assets.lifecycle.container import build_image
+    from churn_assets.lifecycle.pointer import read_current
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    if tag is None:
+        current = read_current(home.current)
+        if current is None:
+            raise UserError("nothing is in Production yet; `make run` brings a first version there")
+        tag = current.bento
+    bento = bento_of_tag(tag, home.bentoml)
+    click.echo(f"building the container of {bento.tag}, a minute the first time", err=True)
+    built = build_image(bento, load_settings().deployment.image)
+    click.echo(f"{built.pinned}  {built.size_bytes / 1e6:.0f} MB  {built.id}")
+
+
+@cli.command()
 @click.option("--who", required=True, help="Your name.")
 @click.option("--why", required=True, help="Why it may serve.")
 @click.option("--model-version", help="The version to promote, when it is not the newest.")

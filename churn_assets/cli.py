@@ -105,13 +105,16 @@ def up() -> None:
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
 def serve(port: int) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
-    from churn_assets.lifecycle.serving import OnlineStore, serve_current
+    from churn_assets.lifecycle.deployment import announced
+    from churn_assets.lifecycle.serving import HOST, OnlineStore, check_port, serve_current
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
     location = settings.online_store.url or str(home.online_store)
-    serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+    check_port(port)
+    with announced(home, f"http://{HOST}:{port}"):
+        serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
 
 
 @cli.command("validate-data")
@@ -255,13 +258,14 @@ def promote() -> None:
 
 @cli.command()
 def deploy() -> None:
-    """Package what is in Production as a bento and point the service at it."""
+    """Package what is in Production as a bento and deploy it to the target of the settings."""
     home = Home.from_environment()
     _registry(home)
     from churn_assets.defs.launch import deploy as package
 
-    bento = package(home)
-    click.echo(f"version {bento.model_version} is served by {bento.tag}")
+    done = package(home)
+    click.echo(f"version {done.model_version} is served by {done.bento}")
+    click.echo(f"target {done.target}: {done.said}")
 
 
 @cli.command()

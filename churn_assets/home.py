@@ -63,6 +63,11 @@ class Home:
         return self.root / "serving" / "current.json"
 
     @property
+    def running_service(self) -> Path:
+        """Where the service of this home answers, while it runs."""
+        return self.root / "serving" / "service.json"
+
+    @property
     def feast_registry(self) -> Path:
         """Feast's registry, where the settings name no database."""
         return self.root / "feast" / "registry.db"

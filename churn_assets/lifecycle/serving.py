@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from churn_assets.contract.online import is_redis
-from churn_assets.contract.release import read_release
+from churn_assets.contract.release import Release, read_release
 from churn_assets.contract.response import predict
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
@@ -249,6 +249,20 @@ def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:
         connection.close()
 
 
+def ask_health(base_url: str) -> dict[str, Any] | None:
+    """What `GET /health` answers; None when nobody does, or not as the churn service."""
+    connection = _connect(base_url)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        told = msgspec.json.decode(response.read()) if response.status == 200 else None
+    except (OSError, http.client.HTTPException, msgspec.DecodeError):
+        return None
+    finally:
+        connection.close()
+    return told if isinstance(told, dict) else None
+
+
 def measure_latency(
     base_url: str, bodies: Sequence[bytes | dict], *, warmup: int = 50, requests: int = 500
 ) -> Latency:
@@ -310,35 +324,44 @@ def ask_bento(
     UserError when it does not start or answer.
     """
     release = read_release(bento.path / "src" / "release")
-    manifest, row = release.manifest, release.golden.rows[0]
-    request: dict[str, str | int | float] = {"customer_id": "example"}
-    for feature, value in zip(manifest.features, row, strict=True):
-        request[feature.name] = int(value) if feature.dtype == "int" else value
-    expected = predict(
-        "example", release.golden.probabilities[0], manifest.model_version, manifest.risk
-    )
+    request = golden_request(release)
     with serve(bento.tag, bentoml_home=bentoml_home) as url:
         for _ in range(WARM_UP):
             answer = ask(url, request)
         shown = ask(url, dict(customer)) if customer else answer
-    response = answer.json()
-    difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
-    # The last of the four digits may round the other way.
-    fits = answer.status == 200 and difference < 1.5e-4
-    fits = fits and response.get("model_version") == manifest.model_version
-    reason = (
-        f"answered {response['churn_probability']} as the model did"
-        if fits
-        else f"answered {answer.content[:200].decode(errors='replace')}, the model gave {expected}"
-    )
+    fits, reason = judge_golden(release, answer)
     return Proof(
         as_expected=fits and shown.status == 200,
         reason=reason,
-        release_id=manifest.release_id,
+        release_id=release.manifest.release_id,
         request=dict(customer or request),
         response=shown.json(),
         latency_ms=round(shown.latency_ms, 3),
     )
+
+
+def golden_request(release: Release) -> dict[str, str | int | float]:
+    """The first golden row of a release as a request, which `judge_golden` knows the answer to."""
+    request: dict[str, str | int | float] = {"customer_id": "example"}
+    for feature, value in zip(release.manifest.features, release.golden.rows[0], strict=True):
+        request[feature.name] = int(value) if feature.dtype == "int" else value
+    return request
+
+
+def judge_golden(release: Release, answer: Answer) -> tuple[bool, str]:
+    """Whether `answer` is the one to `golden_request`, and a sentence that says so."""
+    manifest = release.manifest
+    expected = predict(
+        "example", release.golden.probabilities[0], manifest.model_version, manifest.risk
+    )
+    response = answer.json() if answer.status == 200 else {}
+    difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
+    # The last of the four digits may round the other way.
+    fits = difference < 1.5e-4 and response.get("model_version") == manifest.model_version
+    if fits:
+        return True, f"answered {response['churn_probability']} as the model did"
+    told = answer.content[:200].decode(errors="replace")
+    return False, f"answered {told}, the model gave {expected}"
 
 
 def free_port() -> int:

@@ -37,6 +37,7 @@ ASSETS = (
     "production_release",
     "registry_history",
     "churn_bento",
+    "deployment",
     "drift_report",
 )
 GATES = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,15 +108,103 @@ def up() -> None:
 def serve(port: int) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
     from churn_assets.lifecycle.deployment import announced
-    from churn_assets.lifecycle.serving import HOST, OnlineStore, check_port, serve_current
+    from churn_assets.lifecycle.serving import (
+        HOST,
+        OnlineStore,
+        PredictionLog,
+        check_port,
+        serve_current,
+    )
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
+    if policy.api_keys:
+        # The service reads it from its environment, which it has from here.
+        os.environ["CHURN_API_KEYS"] = str(home.api_keys)
     location = settings.online_store.url or str(home.online_store)
+    online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
+    kept = policy.prediction_log.location(home.prediction_log)
+    log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
     check_port(port)
     with announced(home, f"http://{HOST}:{port}"):
-        serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+        serve_current(home, port, online, log)
+
+
+@cli.command()
+@click.argument("release", type=click.Path(path_type=Path), required=False)
+@click.option("--by-id/--features-only", default=True, help="With an online store, or without.")
+@click.option("--keys/--no-keys", default=False, help="For a service that asks for API keys.")
+def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
+    """Print the OpenAPI document of the service with RELEASE, a directory; default: what serves.
+
+    The service itself publishes the one that is true of it at GET /openapi.json.
+    """
+    import msgspec
+
+    from churn_assets.contract.openapi import openapi as describe
+    from churn_assets.contract.release import ReleaseError, read_release
+    from churn_assets.lifecycle.bento import bento_of_tag
+    from churn_assets.lifecycle.pointer import read_current
+
+    home = Home.from_environment()
+    if release is None:
+        current = read_current(home.current)
+        if current is None:
+            raise UserError("nothing is in Production yet: `make run` brings a first version there")
+        release = bento_of_tag(current.bento, home.bentoml).path / "src" / "release"
+    try:
+        manifest = read_release(release).manifest
+    except ReleaseError as error:
+        raise UserError(str(error)) from None
+    document = describe(manifest, by_id=by_id, keys=keys)
+    click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
+
+
+@cli.group()
+def keys() -> None:
+    """API keys of the service: the file CHURN_API_KEYS names, or the home's own."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option("--rate", type=float, help="Requests a second, of one worker. Default: any number.")
+@click.option("--days", type=click.IntRange(1), help="Valid for so long. Default: until revoked.")
+def add_key(name: str, rate: float | None, days: int | None) -> None:
+    """Make a key and print it, once: only its hash is kept."""
+    from churn_assets.lifecycle import keys as files
+
+    path = Home.from_environment().api_keys
+    kept, key = files.add_key(path, name, now=datetime.now(UTC), rate=rate, days=days)
+    click.echo(f"key {kept.id} of {kept.name} is in {path}; it is shown this once:", err=True)
+    click.echo(key)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List the keys, without the keys themselves."""
+    from churn_assets.lifecycle import keys as files
+
+    path = Home.from_environment().api_keys
+    found, now = files.list_keys(path), datetime.now(UTC)
+    for key in found:
+        until = f"until {key.expires_at:%Y-%m-%d}" if key.expires_at else "until revoked"
+        if key.expires_at and key.expires_at <= now:
+            until = f"expired {key.expires_at:%Y-%m-%d}"
+        rate = f"{key.rate:g}/s" if key.rate else "any rate"
+        click.echo(f"{key.id}  {key.name:20}  {key.created_at:%Y-%m-%d}  {until:18}  {rate}")
+    if not found:
+        click.echo(f"there are no keys in {path}; churn keys add NAME makes one")
+
+
+@keys.command("revoke")
+@click.argument("name")
+def revoke_key(name: str) -> None:
+    """Revoke the keys called NAME, or the one with this id; services know within a second."""
+    from churn_assets.lifecycle import keys as files
+
+    for key in files.revoke_keys(Home.from_environment().api_keys, name):
+        click.echo(f"key {key.id} of {key.name} is revoked")
 
 
 @cli.command("validate-data")
@@ -314,6 +404,72 @@ def rollback(who: str, why: str, to: str | None) -> None:
     _act("rollback", "production_release", {"who": word.who, "why": word.why}, to=to)
 
 
+@cli.group()
+def trial() -> None:
+    """A version in Staging beside the one in Production, on live requests."""
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
+_WHO = click.option("--who", default=_account, help="Your name (default: of your account).")
+
+
+@trial.command("start")
+@click.argument("version")
+@click.option("--share", type=float, help="Of the customers, whom it answers.")
+@click.option(
+    "--shadow/--no-shadow", default=None, help="Both models score every request, or each its own."
+)
+@_WHO
+@click.option("--why", default="a trial", help="Why it is worth one.")
+def start_trial(version: str, share: float | None, shadow: bool | None, who: str, why: str) -> None:
+    """Put VERSION, which is in Staging, on trial, and serve both models."""
+    config = {"what": "start_trial", "share": share, "shadow": shadow, "version": version}
+    _act_on_trial("start_trial", who, why, config)
+
+
+@trial.command("stop")
+@_WHO
+@click.option("--why", default="enough was seen", help="Why it ends.")
+def stop_trial(who: str, why: str) -> None:
+    """End the trial that is going on; its version stays in Staging."""
+    _act_on_trial("stop_trial", who, why, {"what": "stop_trial"})
+
+
+@trial.command("status")
+def trial_status() -> None:
+    """The trial that is going on, what it has shown so far, and the ones before."""
+    home = Home.from_environment()
+    client, name = _registry(home)
+    from churn_assets.lifecycle.history import trials
+    from churn_assets.lifecycle.registry import read_registry
+
+    found = trials(read_registry(client, name).history)
+    if not found:
+        click.echo("no version has been on trial; `churn trial start VERSION` begins a trial")
+        return
+    from churn_assets.monitoring.trial import last_report
+
+    report = last_report(home.records, found[-1].id)
+    for each in reversed(found):
+        click.echo(each.line())
+        if each is found[-1]:
+            for line in report.lines() if report else ["not judged yet: job trial, daily"]:
+                click.echo(f"  {line}")
+
+
+def _act_on_trial(job: str, who: str, why: str, config: Mapping[str, object]) -> None:
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    _act(job, "production_release", {"who": word.who, "why": word.why}, **config)
+
+
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def clean(dry_run: bool) -> None:
@@ -332,12 +488,13 @@ def clean(dry_run: bool) -> None:
     click.echo("\n".join(done.lines()))
 
 
-def _act(job: str, asset: str, config: dict[str, str], **more: str | None) -> None:
+def _act(job: str, asset: str, config: Mapping[str, object], **more: object) -> None:
     home = Home.from_environment()
     _registry(home)
     from churn_assets.defs.launch import act
 
-    act(home, job, asset, config | {name: value for name, value in more.items() if value})
+    given = {name: value for name, value in more.items() if value not in (None, "")}
+    act(home, job, asset, {**config, **given})
 
 
 @cli.command()

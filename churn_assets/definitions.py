@@ -8,10 +8,12 @@ from churn_assets.defs import (
     features,
     monitoring,
     online,
+    prediction_log,
     raw,
     registry,
     serving,
     training,
+    trial,
 )
 from churn_assets.defs.jobs import JOBS
 from churn_assets.defs.progress import progress
@@ -38,6 +40,8 @@ defs = dg.Definitions(
         serving.churn_bento,
         deployment.deployment,
         monitoring.drift_report,
+        trial.trial_report,
+        prediction_log.prediction_log,
     ],
     jobs=JOBS,
     schedules=SCHEDULES,

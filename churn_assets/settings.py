@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from churn_assets.contract.features import features_for
+from churn_assets.contract.logged import OFF, Durability, WhenBroken
 from churn_assets.contract.online import is_redis
 from churn_assets.data.engines import DuckDBSettings, Engine, SparkSettings
 from churn_assets.data.features import earliest_feature_day
@@ -36,6 +37,7 @@ from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
 from churn_assets.lifecycle.targets import DeploymentSettings
+from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
@@ -69,6 +71,8 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    trial_report: str = "30 4 * * *"
+    prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 
@@ -96,14 +100,38 @@ class OnlineStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             raise ValueError("online_store.url is needed: redis://host:6379/0 or ${VARIABLE}")
 
 
+class PredictionLogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where services keep what they answer until the lake has it.
+
+    store: a directory (default: in CHURN_HOME), a postgresql:// URL, or `off` to serve unlogged
+    (which YAML reads as false). durability: what is kept survives the kill of a `process`, or a cut
+    of the `power`, too. when_broken: `refuse` to answer, or `serve` unlogged.
+    """
+
+    store: str | bool | None = None
+    durability: Durability = "process"
+    when_broken: WhenBroken = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.store is True:
+            raise ValueError("serving.prediction_log.store: give a directory, a URL or off")
+
+    def location(self, home: Path) -> str:
+        """The directory, URL or `off`, for a home whose own directory for it is `home`."""
+        return OFF if self.store is False else str(self.store or home)
+
+
 class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How old features may be that a service takes from the online store, in hours of data time.
 
-    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so.
+    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so. api_keys:
+    whether a prediction needs a key of `churn keys add`.
     """
 
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
+    api_keys: bool = False
+    prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:
         if not 0 < self.max_age_hours <= 876_000:
@@ -142,6 +170,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     promotion: PromotionPolicy = PromotionPolicy()
+    trial: TrialPolicy = TrialPolicy()
     registry: RetentionPolicy = RetentionPolicy()
     deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
@@ -248,6 +277,10 @@ def load_settings(path: str | Path | None = None) -> Settings:
     online, feast, spark = settings.online_store, settings.feast, settings.spark
     deployment = settings.deployment
     docker, kubernetes = deployment.docker, deployment.kubernetes
+    log, key = settings.serving.prediction_log, "serving.prediction_log.store"
+    # YAML's off is false.
+    store = place(key, log.store) if isinstance(log.store, str) and log.store != OFF else log.store
+    log = msgspec.structs.replace(log, store=False if store == OFF else store)
     settings = msgspec.structs.replace(
         settings,
         source=resolve_paths(settings.source, base, os.environ),
@@ -274,12 +307,19 @@ def load_settings(path: str | Path | None = None) -> Settings:
                 manifests=place("deployment.kubernetes.manifests", kubernetes.manifests),
             ),
         ),
+        serving=msgspec.structs.replace(settings.serving, prediction_log=log),
     )
     if settings.engine == "spark" and settings.lake and "://" in settings.lake:
         raise UserError(f"{chosen}: {spark_needs_a_folder(settings.lake)}")
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    if settings.trial.max_days <= settings.windows.horizon_days:
+        raise UserError(
+            f"{chosen}: trial.max_days ({settings.trial.max_days}) must be longer than "
+            f"windows.horizon_days ({settings.windows.horizon_days}), or no outcome is ever known "
+            "before a trial is over"
+        )
     if online.retention_days * 24 <= settings.serving.max_age_hours:
         raise UserError(
             f"{chosen}: online_store.retention_days ({online.retention_days}) must be longer than "

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from churn_assets.contract.logged import Durability, WhenBroken
 from churn_assets.contract.request import Refusal
 from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
 PROBABILITY_DIGITS = 4
+
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The answer to `POST /predict`."""
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
 
@@ -29,10 +33,10 @@ class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
     """
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
-    cutoff: datetime
+    cutoff: Moment
     stale: bool
 
 
@@ -44,28 +48,82 @@ class OnlineHealth(msgspec.Struct, frozen=True):
 
     reachable: bool
     usable: bool
-    newest_cutoff: datetime | None
-    data_time: datetime | None
+    newest_cutoff: Moment | None
+    data_time: Moment | None
     features: tuple[str, ...] | None
     max_age_hours: float
     when_stale: Literal["refuse", "flag"]
     reason: str | None
 
 
+class AccessHealth(msgspec.Struct, frozen=True):
+    """How many API keys are valid. `reason` says why a change of their file is not taken over."""
+
+    keys: int
+    reason: str | None
+
+
+class TrialHealth(msgspec.Struct, frozen=True):
+    """A trial as one process of the service has seen it since it began to serve the release.
+
+    `asked` counts the rows the challenger was asked about, `failed` those it had no score for: the
+    champion answered them.
+    """
+
+    trial: str
+    challenger: str
+    share: float
+    shadow: bool
+    asked: int
+    failed: int
+
+
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
+class LogHealth(msgspec.Struct, frozen=True):
+    """The prediction log as this worker sees it. `reason` says what keeps it from being used.
+
+    store: the directory or the server, without a password; `off` where the service was told to
+    serve unlogged. rows_waiting: kept, but not ingested yet, the oldest answered at oldest_waiting;
+    of this worker or, on a server, of all. unlogged: predictions this worker has answered that are
+    not in the log.
+    """
+
+    store: str
+    usable: bool
+    durability: Durability | None = None
+    when_broken: WhenBroken | None = None
+    rows_waiting: int | None = None
+    oldest_waiting: datetime | None = None
+    unlogged: int = 0
+    reason: str | None = None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `bento` is null where the service runs from its source, `online_store` where there is none.
+    `status` is `degraded` while the prediction log is broken. `bento` is null where the service
+    runs from its source, `online_store` where there is none, `api_keys` where none are asked for,
+    `trial` while no other model is on trial.
     """
 
-    status: Literal["healthy"]
+    status: Literal["healthy", "degraded"]
     model: str
     version: str
     release_id: str
     bento: str | None
     features: tuple[str, ...]
-    started_at: datetime
+    started_at: Moment
     online_store: OnlineHealth | None
+    api_keys: AccessHealth | None
+    lane: LaneHealth
+    prediction_log: LogHealth
+    trial: TrialHealth | None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

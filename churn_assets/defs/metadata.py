@@ -8,10 +8,12 @@ from datetime import date, datetime
 from typing import Any
 
 import dagster as dg
+import msgspec
 import pyarrow as pa
 
 from churn_assets.contract.features import FEATURES, Feature
 from churn_assets.data.checks import CheckResult
+from churn_assets.data.prediction_log import SCHEMA as PREDICTIONS
 from churn_assets.data.tables import RawTable
 from churn_assets.lifecycle.history import Step, Tenure
 from churn_assets.lifecycle.records import GateRecord
@@ -21,6 +23,7 @@ from churn_assets.modeling.metrics import Evaluation, Scores
 from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
+from churn_assets.monitoring.trial import Guard, Look
 
 SAMPLE_ROWS = 5
 HISTORY_ROWS = 100
@@ -91,6 +94,42 @@ def training_schema(features: Sequence[Feature] = FEATURES) -> dg.TableSchema:
     """The columns of the training set."""
     return dg.TableSchema(
         columns=[*feature_schema(features).columns, label_schema().columns[-1]],
+    )
+
+
+def prediction_log_schema() -> dg.TableSchema:
+    """The columns of the prediction log."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                field.name,
+                str(field.type),
+                constraints=dg.TableColumnConstraints(
+                    nullable=field.nullable, unique=field.name == "key"
+                ),
+            )
+            for field in PREDICTIONS
+        ]
+    )
+
+
+def rows_by_day_table(
+    added: Mapping[date, int], there: Mapping[date, int]
+) -> dg.TableMetadataValue:
+    """The newest days of the prediction log: rows this pass added, and all there are."""
+    newest = sorted(there, reverse=True)[:HISTORY_ROWS]
+    return figures_table(
+        [{"day": str(day), "added": added.get(day, 0), "rows": there[day]} for day in newest]
+    )
+
+
+def served_table(served: Mapping[tuple[str, str], int]) -> dg.TableMetadataValue:
+    """How many of the added predictions each arm of each release answered."""
+    return figures_table(
+        [
+            {"release": release, "arm": arm, "predictions": rows}
+            for (arm, release), rows in served.items()
+        ]
     )
 
 
@@ -311,6 +350,27 @@ def steps_table(steps: Sequence[Step]) -> dg.TableMetadataValue:
                 "evidence": step.evidence.line(),
             }
             for step in reversed(steps[-HISTORY_ROWS:])
+        ]
+    )
+
+
+def guards_table(guards: Sequence[Guard]) -> dg.TableMetadataValue:
+    """The guard rails of a trial."""
+    return figures_table([msgspec.structs.asdict(guard) for guard in guards])
+
+
+def looks_table(looks: Sequence[Look]) -> dg.TableMetadataValue:
+    """The difference of log loss at each cutoff, the newest first."""
+    return figures_table(
+        [
+            {
+                "cutoff": f"{look.cutoff:%Y-%m-%d}",
+                "outcomes": look.rows,
+                "difference": look.difference,
+                "at least": look.lower,
+                "at most": look.upper,
+            }
+            for look in reversed(looks[-HISTORY_ROWS:])
         ]
     )
 

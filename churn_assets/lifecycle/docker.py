@@ -23,7 +23,7 @@ from churn_assets.contract.release import Release, read_release
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.bento import Bento
 from churn_assets.lifecycle.container import Image, engine, last_line, require_engine, run_tool
-from churn_assets.lifecycle.serving import ask, ask_health, free_port, golden_request, judge_golden
+from churn_assets.lifecycle.serving import ask_golden, ask_health, free_port
 from churn_assets.lifecycle.targets import DockerSettings
 
 LOG_VARIABLE = "CHURN_PREDICTION_LOG"
@@ -114,7 +114,7 @@ def _try_out(bento: Bento, image: Image, release: Release, settings: DockerSetti
         name, url = _start(bento, image, settings, free_port(), trial=True)
         at_the_end.callback(_remove, name)
         _wait_until_ready(name, url, settings.start_timeout_s, bento)
-        fits, reason = judge_golden(release, ask(url, golden_request(release)))
+        fits, reason = ask_golden(url, release)
         if not fits:
             raise UserError(f"the container of {bento.tag} {reason}")
 

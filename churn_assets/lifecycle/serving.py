@@ -22,9 +22,18 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.keys import KEYS_VARIABLE
+from churn_assets.contract.logged import (
+    DURABILITY_VARIABLE,
+    LOG_VARIABLE,
+    OFF,
+    WHEN_BROKEN_VARIABLE,
+    is_postgres,
+)
 from churn_assets.contract.online import is_redis
 from churn_assets.contract.release import Release, read_release
-from churn_assets.contract.response import predict
+from churn_assets.contract.response import Prediction, predict
+from churn_assets.contract.trial import assignment
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
 from churn_assets.lifecycle.bento import Bento, bento_of_tag
@@ -35,6 +44,8 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 10.0
 WARM_UP = 20
+# Among so many customers there is one in either arm of any trial that can be begun.
+EXAMPLES = 100_000
 POLL_S = 0.2
 
 # The kernel tells the service to stop when the process that started it is gone, killed or not.
@@ -121,12 +132,36 @@ class OnlineStore:
         }
 
 
+@dataclass(frozen=True)
+class PredictionLog:
+    """Where a service keeps what it answers: a directory, a postgresql:// URL or `off`.
+
+    `durability` is `process` (what is kept survives SIGKILL) or `power` (a power cut, too);
+    `when_broken` is `refuse` or `serve`.
+    """
+
+    location: str
+    durability: str = "process"
+    when_broken: str = "refuse"
+
+    def environment(self) -> dict[str, str]:
+        """The settings as the service reads them."""
+        as_it_is = self.location == OFF or is_postgres(self.location)
+        return {
+            # A service runs in a folder of its own, where a relative path would be another one.
+            LOG_VARIABLE: self.location if as_it_is else str(Path(self.location).resolve()),
+            DURABILITY_VARIABLE: self.durability,
+            WHEN_BROKEN_VARIABLE: self.when_broken,
+        }
+
+
 @contextlib.contextmanager
 def serve(
     target: Path | str,
     release_dir: Path | None = None,
     *,
     online: OnlineStore | None = None,
+    log: PredictionLog | None = None,
     environment: Mapping[str, str] | None = None,
     bentoml_home: Path | None = None,
     port: int | None = None,
@@ -136,33 +171,40 @@ def serve(
     """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
-    `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
+    `bentoml_home`. Without `online` the service has no online store, whatever the environment says;
+    without `log` its log is removed with all it writes.
     `environment` are further settings of the service. Without `port` a free one is taken. What the
     service writes goes into a folder of its own in `scratch` (default: the system's temporary
     folder), removed at the end. However the block ends, no process of the service is left. Raises
     UserError when the port is taken, or with what its log says when the service does not start.
     """
     with tempfile.TemporaryDirectory(prefix="churn-serve-", dir=scratch) as own:
-        log = Path(own) / "service.log"
+        said = Path(own) / "service.log"
         with (
-            log.open("wb") as sink,
+            said.open("wb") as sink,
             _running(
                 _resolve(target, bentoml_home),
                 release_dir,
                 online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
-                environment=environment,
-                sink=sink.fileno(),
+                # Who asks here has no key of the service in production.
+                environment={KEYS_VARIABLE: ""} | dict(environment or {}),
                 log=log,
+                sink=sink.fileno(),
+                said=said,
                 start_timeout=start_timeout,
             ) as (_, url),
         ):
             yield url
 
 
-def serve_current(home: Home, port: int, online: OnlineStore | None = None) -> None:
+def serve_current(
+    home: Home, port: int, online: OnlineStore | None = None, log: PredictionLog | None = None
+) -> None:
     """Serve what the pointer of `home` names on `port`, in the foreground, and what it names next.
+
+    What it answers is kept in `log`, by default in the home.
 
     Waits until it names something. Another bento is first started on a port of its own: one that
     does not start is told, and what serves goes on serving. Then it takes the place, and for the
@@ -174,12 +216,13 @@ def serve_current(home: Home, port: int, online: OnlineStore | None = None) -> N
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     check_port(port)
+    log = log or PredictionLog(str(home.prediction_log))
     tag = _next_to_serve(home)
     while True:
         path = bento_of_tag(tag, home.bentoml).path
         with (
             tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
-            _running(path, None, online, port, scratch=Path(scratch)) as (process, url),
+            _running(path, None, online, port, scratch=Path(scratch), log=log) as (process, url),
         ):
             print(f"{tag} answers at {url}/predict", flush=True)
             tag = _next_to_serve(home, tag, process)
@@ -222,9 +265,9 @@ def _next_to_serve(
 def _try_out(bento: Path) -> None:
     """Start a bento once, beside what serves. Raises UserError with what its log says."""
     with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
-        log = Path(scratch) / "service.log"
+        said = Path(scratch) / "service.log"
         with (
-            log.open("wb") as sink,
+            said.open("wb") as sink,
             _running(
                 bento,
                 None,
@@ -232,7 +275,7 @@ def _try_out(bento: Path) -> None:
                 free_port(),
                 scratch=Path(scratch),
                 sink=sink.fileno(),
-                log=log,
+                said=said,
             ),
         ):
             pass
@@ -319,17 +362,22 @@ def ask_bento(
 ) -> Proof:
     """Serve `bento` and ask it for a golden prediction of its own release, then about `customer`.
 
-    The proof is of the golden prediction; request, response and latency are those of `customer`
-    (a whole request body) when one is given. The latency is that of a warm service. Raises
-    UserError when it does not start or answer.
+    During a trial it is asked for one of each model. The proof is of the golden predictions;
+    request, response and latency are those of `customer` (a whole request body) when one is given.
+    The latency is that of a warm service. Raises UserError when it does not start or answer.
     """
     release = read_release(bento.path / "src" / "release")
-    request = golden_request(release)
+    questions = _golden_questions(release)
     with serve(bento.tag, bentoml_home=bentoml_home) as url:
         for _ in range(WARM_UP):
-            answer = ask(url, request)
-        shown = ask(url, dict(customer)) if customer else answer
-    fits, reason = judge_golden(release, answer)
+            answers = [ask(url, request) for request, _ in questions]
+        shown = ask(url, dict(customer)) if customer else answers[0]
+    told = [
+        _as_the_model(answer, expected)
+        for answer, (_, expected) in zip(answers, questions, strict=True)
+    ]
+    request, _ = questions[0]
+    fits, reason = _together(told)
     return Proof(
         as_expected=fits and shown.status == 200,
         reason=reason,
@@ -340,28 +388,60 @@ def ask_bento(
     )
 
 
-def golden_request(release: Release) -> dict[str, str | int | float]:
-    """The first golden row of a release as a request, which `judge_golden` knows the answer to."""
-    request: dict[str, str | int | float] = {"customer_id": "example"}
-    for feature, value in zip(release.manifest.features, release.golden.rows[0], strict=True):
-        request[feature.name] = int(value) if feature.dtype == "int" else value
-    return request
+def ask_golden(base_url: str, release: Release) -> tuple[bool, str]:
+    """Whether a service answers as the models of `release` did, and that in a sentence.
 
-
-def judge_golden(release: Release, answer: Answer) -> tuple[bool, str]:
-    """Whether `answer` is the one to `golden_request`, and a sentence that says so."""
-    manifest = release.manifest
-    expected = predict(
-        "example", release.golden.probabilities[0], manifest.model_version, manifest.risk
+    Raises UserError when nobody answers.
+    """
+    return _together(
+        [
+            _as_the_model(ask(base_url, request), expected)
+            for request, expected in _golden_questions(release)
+        ]
     )
-    response = answer.json() if answer.status == 200 else {}
+
+
+def _together(told: Sequence[tuple[bool, str]]) -> tuple[bool, str]:
+    fits = all(as_expected for as_expected, _ in told)
+    return fits, "; ".join(reason for as_expected, reason in told if as_expected or not fits)
+
+
+def _golden_questions(
+    release: Release,
+) -> list[tuple[dict[str, str | int | float], Prediction]]:
+    """A golden row of each model as a request of a customer it answers, with the answer."""
+    manifest, challenger = release.manifest, release.manifest.challenger
+    models = [("champion", manifest.model_version, manifest.feature_names, release.golden)]
+    if challenger is not None and release.challenger is not None:
+        golden = release.challenger.golden
+        models.append(("challenger", challenger.model_version, challenger.features, golden))
+    questions = []
+    for arm, version, names, golden in models:
+        given = dict(zip(names, golden.rows[0], strict=True))
+        customer_id = "example"
+        if challenger is not None:
+            arm_of = assignment(challenger.trial, challenger.share)
+            examples = (f"example-{number}" for number in range(EXAMPLES))
+            customer_id = next(example for example in examples if arm_of(example) == arm)
+        request: dict[str, str | int | float] = {"customer_id": customer_id}
+        for feature in manifest.features:
+            value = given.get(feature.name, feature.minimum)
+            request[feature.name] = int(value) if feature.dtype == "int" else value
+        answer = predict(customer_id, golden.probabilities[0], version, manifest.risk)
+        questions.append((request, answer))
+    return questions
+
+
+def _as_the_model(answer: Answer, expected: Prediction) -> tuple[bool, str]:
+    """Whether the service answered as the judged model did, and that in a sentence."""
+    response = answer.json()
     difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
     # The last of the four digits may round the other way.
-    fits = difference < 1.5e-4 and response.get("model_version") == manifest.model_version
-    if fits:
+    fits = answer.status == 200 and difference < 1.5e-4
+    if fits and response.get("model_version") == expected.model_version:
         return True, f"answered {response['churn_probability']} as the model did"
-    told = answer.content[:200].decode(errors="replace")
-    return False, f"answered {told}, the model gave {expected}"
+    said = answer.content[:200].decode(errors="replace")
+    return False, f"answered {said}, the model gave {expected}"
 
 
 def free_port() -> int:
@@ -402,9 +482,10 @@ def _running(
     port: int,
     *,
     scratch: Path,
+    log: PredictionLog | None = None,
     environment: Mapping[str, str] | None = None,
     sink: int | None = None,
-    log: Path | None = None,
+    said: Path | None = None,
     start_timeout: float = START_TIMEOUT_S,
 ) -> Generator[tuple[subprocess.Popen, str]]:
     """`bentoml serve` as a process that ends with the block. All it writes goes to `scratch`.
@@ -416,7 +497,7 @@ def _running(
     process = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         cwd=scratch,
-        env=_environment(directory, release_dir, online, scratch) | dict(environment or {}),
+        env=_environment(directory, release_dir, online, log, scratch) | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,
@@ -424,7 +505,7 @@ def _running(
     )
     family: set[psutil.Process] = set()
     try:
-        _wait_until_ready(process, port, log, start_timeout)
+        _wait_until_ready(process, port, said, start_timeout)
         family |= _descendants(process.pid)
         yield process, f"http://{HOST}:{port}"
     finally:
@@ -432,10 +513,15 @@ def _running(
 
 
 def _environment(
-    directory: Path, release_dir: Path | None, online: OnlineStore | None, scratch: Path
+    directory: Path,
+    release_dir: Path | None,
+    online: OnlineStore | None,
+    log: PredictionLog | None,
+    scratch: Path,
 ) -> dict[str, str]:
+    log = log or PredictionLog(str(scratch / "log"))
     unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
-    unwanted |= OnlineStore("online.db").environment().keys()
+    unwanted |= OnlineStore("online.db").environment().keys() | log.environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {
         "BENTOML_HOME": str(scratch / "bentoml"),
@@ -443,6 +529,7 @@ def _environment(
         "TMPDIR": str(scratch),
         "PYTHONUNBUFFERED": "1",
     }
+    environment |= log.environment()
     (scratch / "bentoml").mkdir(exist_ok=True)
     if not (directory / "bento.yaml").is_file():
         # A service run from its source finds the contract in the project it lies in.

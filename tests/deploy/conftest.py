@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import secrets
 import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from engine_cases import BASE, TOLD_TO_THE_BUILD, docker
+from kubectl_player import PLAYER, Kubectl
 from serving_cases import Model, release_of, train
 
 from churn_assets.contract.features import FEATURE_NAMES
@@ -73,3 +75,12 @@ def name() -> Generator[str]:
     for left in re.findall(r"\S+", docker("ps", "-aq", "--filter", f"name={name}")):
         docker("rm", "--force", left)
     docker("volume", "rm", "--force", name, check=False)
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubectl:
+    player = tmp_path / "kubectl"
+    player.write_text(PLAYER.format(python=sys.executable))
+    player.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return Kubectl(tmp_path)

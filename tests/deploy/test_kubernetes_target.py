@@ -6,13 +6,20 @@ No cluster is here: a script in kubectl's place notes the calls and plays the an
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from kubectl_player import (
+    APPLIED,
+    NO_PODS,
+    NOTHING_THERE,
+    ROLLED_OUT,
+    STUCK,
+    UNDONE,
+    Kubectl,
+    there,
+)
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle import kubernetes
@@ -22,75 +29,6 @@ from churn_assets.lifecycle.targets import KubernetesSettings
 
 OLD, NEW = "churn:v1-a", "churn:v2-b"
 SETTINGS = KubernetesSettings(namespace="shop", context="there", timeout_s=300)
-
-PLAYER = """#!{python}
-import json, pathlib, sys, time
-folder = pathlib.Path(__file__).parent
-argv = sys.argv[1:]
-with (folder / "calls.jsonl").open("a") as calls:
-    calls.write(json.dumps([argv, sys.stdin.read()]) + "\\n")
-plan = json.loads((folder / "plan.json").read_text())
-answer = next(a for a in plan if all(word in argv for word in a["to"]))
-if answer.get("once"):
-    plan.remove(answer)
-    (folder / "plan.json").write_text(json.dumps(plan))
-time.sleep(answer.get("seconds", 0))
-sys.stdout.write(answer.get("out", ""))
-sys.stderr.write(answer.get("err", ""))
-sys.exit(answer.get("code", 0))
-"""
-
-# In the words of kubectl.
-APPLIED = {"to": ["apply"], "out": "deployment.apps/churn configured\nservice/churn unchanged\n"}
-ROLLED_OUT = {"to": ["status"], "out": 'deployment "churn" successfully rolled out\n'}
-UNDONE = {"to": ["undo"], "out": "deployment.apps/churn rolled back\n"}
-STUCK = {
-    "to": ["status"],
-    "out": 'Waiting for deployment "churn" rollout to finish: 1 out of 2 new replicas...\n',
-    "err": 'error: deployment "churn" exceeded its progress deadline\n',
-    "code": 1,
-    "once": True,
-}
-NO_PODS = {"to": ["pods"], "out": '{"apiVersion": "v1", "items": [], "kind": "List"}'}
-
-
-def there(image: str, revision: str = "3") -> dict[str, Any]:
-    deployment = {
-        "metadata": {"annotations": {"deployment.kubernetes.io/revision": revision}},
-        "spec": {"template": {"spec": {"containers": [{"name": "churn", "image": image}]}}},
-    }
-    return {"to": ["get", "deployment"], "out": json.dumps(deployment)}
-
-
-NOTHING_THERE = {"to": ["get", "deployment"], "out": ""}
-
-
-@dataclass(frozen=True)
-class Kubectl:
-    folder: Path
-
-    def plays(self, *answers: dict[str, Any]) -> None:
-        (self.folder / "plan.json").write_text(json.dumps(answers))
-
-    @property
-    def calls(self) -> list[list[str]]:
-        return [argv for argv, _ in self._lines()]
-
-    def given(self, word: str) -> str:
-        return next(given for argv, given in self._lines() if word in argv)
-
-    def _lines(self) -> list[tuple[list[str], str]]:
-        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubectl:
-    player = tmp_path / "kubectl"
-    player.write_text(PLAYER.format(python=sys.executable))
-    player.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return Kubectl(tmp_path)
-
 
 WHERE = ["--namespace", "shop", "--context", "there"]
 

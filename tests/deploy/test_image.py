@@ -15,6 +15,7 @@ from engine_cases import TOLD_TO_THE_BUILD, docker, hardened, inspected
 from serving_cases import PATIENCE_S, VALID, Model
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.contract.logged import FILE_SUFFIX
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.bento import Bento
 from churn_assets.lifecycle.container import Image, build_image
@@ -158,3 +159,36 @@ def test_a_base_image_that_cannot_be_had_is_said(bento: Bento, image_settings: I
     nowhere = msgspec.structs.replace(image_settings, base="localhost:1/nowhere:1")
     with pytest.raises(UserError, match=r"the base image localhost:1/nowhere:1 is neither on this"):
         build_image(bento, nowhere)
+
+
+COUNT = f"""
+import pathlib, sqlite3
+for file in pathlib.Path("/data").glob("**/*{FILE_SUFFIX}"):
+    print(sqlite3.connect(file).execute("SELECT count(*) FROM prediction").fetchone()[0])
+"""
+
+
+def test_what_it_answered_is_in_the_volume_when_it_is_killed(
+    image: Image, name: str, network: str | None
+) -> None:
+    port = free_port()
+    kept = ["--volume", f"{name}:/data", "-e", "CHURN_PREDICTION_LOG=/data"]
+    docker("run", "-d", "--name", name, *hardened(network, HOST, port), *kept, image.id)
+    served = Served(name, port)
+    wait_for(lambda: ask_health(served.url), name)
+    for _ in range(20):
+        assert ask(served.url, VALID).status == 200
+    docker("kill", name)
+    counted = docker("run", "--rm", *kept, "--entrypoint", "python", image.id, "-c", COUNT)
+    assert sum(int(rows) for rows in counted.split()) == 20
+
+
+@pytest.mark.parametrize("told", [[], ["-e", "CHURN_PREDICTION_LOG=/data"]])
+def test_without_a_place_for_its_log_it_does_not_start(
+    image: Image, name: str, network: str | None, told: list[str]
+) -> None:
+    options = [*hardened(network, HOST, free_port()), *told]
+    docker("run", "-d", "--name", name, *options, image.id)
+    wait_for(lambda: None if inspected(name)["State"]["Running"] else True, name)
+    assert inspected(name)["State"]["ExitCode"] != 0
+    assert "CHURN_PREDICTION_LOG" in docker("logs", name, check=False)

@@ -31,7 +31,7 @@ from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.serving import ask, ask_bento, free_port, serve
 
 ALLOWED_FILES = re.compile(
-    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|"
+    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|Dockerfile|"
     r"release/(manifest\.json|model\.onnx|golden\.json)|"
     r"churn_service/\w+\.py|churn_assets/(contract/)?\w+\.py)"
 )

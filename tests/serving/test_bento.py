@@ -14,6 +14,7 @@ from types import ModuleType
 
 import msgspec
 import pytest
+from log_cases import Client, stored
 from online_cases import CUTOFF, HOUR, content, until, write
 from serving_cases import NOON, PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
 
@@ -205,7 +206,7 @@ def test_a_bento_is_asked_for_a_prediction_whose_answer_is_known(
 CONFIG = """
 source: {kind: shop}
 calendar: {start: 2024-01-01}
-serving: {max_age_hours: 12, when_stale: flag}
+serving: {max_age_hours: 12, when_stale: flag, prediction_log: {durability: power}}
 """
 
 
@@ -249,12 +250,21 @@ def test_what_is_in_production_is_waited_for_served_with_the_online_store_and_st
         said = next(line for line in foreground.stdout if "does not say what serves" in line)
         assert f"{bento.tag} goes on serving" in said
         assert ask(url, {"customer_id": "c-1"}).status == 200
+        client = Client(url)
+        log = client.health()["prediction_log"]
+        client.close()
+        assert (log["store"], log["durability"]) == (str(Home(tmp_path).prediction_log), "power")
         started = family(foreground.pid)
         assert len(started) >= 2
         foreground.terminate()
         foreground.communicate(timeout=PATIENCE_S)
     assert foreground.returncode == 128 + 15
     assert wait_until_gone(started) == []
+    kept = stored(Home(tmp_path).prediction_log)
+    assert len(kept) == log["rows_waiting"] > 3
+    by_id = kept[-1]
+    assert (by_id.bento, by_id.model_version, by_id.stale) == (bento.tag, "3-features", True)
+    assert by_id.cutoff == (CUTOFF - 13 * HOUR).timestamp() * 1e6
 
 
 LOAD = """

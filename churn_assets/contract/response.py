@@ -52,9 +52,20 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class RefusedRelease(msgspec.Struct, frozen=True):
+    """What the pointer names and is not served. `release_id` is null when it names nothing."""
+
+    release_id: str | None
+    reason: str
+    since: datetime
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
+    `worker` is the process that answered, each of which follows the pointer by itself; `bento` is
+    the code that runs, whose baked release need not be the one served. `release_refused` is what
+    the pointer names instead of `release_id`, null where nothing is followed or all is well.
     `bento` is null where the service runs from its source, `online_store` where there is none.
     """
 
@@ -65,6 +76,8 @@ class Health(msgspec.Struct, frozen=True):
     bento: str | None
     features: tuple[str, ...]
     started_at: datetime
+    worker: int
+    release_refused: RefusedRelease | None
     online_store: OnlineHealth | None
 
 

@@ -31,7 +31,8 @@ from churn_assets.contract.response import (
     refuse_row,
 )
 from churn_service.bodies import Message, Receive, Send, read_body
-from churn_service.online import ONLINE_VARIABLE, OnlineStore, online_store
+from churn_service.follower import Follower
+from churn_service.online import ONLINE_VARIABLE, online_store
 from churn_service.prediction_log import NotLogged, PredictionLog
 from churn_service.served import BatchRow, Scored, Served
 
@@ -42,20 +43,34 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Endpoint:
-    """The ASGI application. `served` is set before the first request can arrive."""
+    """The ASGI application. `served` is set before the first request can arrive.
+
+    `follower` is who replaces it, where the service follows a pointer.
+    """
 
     served: Served
     started_at: datetime
-    online: OnlineStore | None
 
     def __init__(self) -> None:
+        self.follower: Follower | None = None
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
 
     def start(self, served: Served) -> None:
         """Serve `served` from now on, with the online store the environment names."""
-        self.online = online_store(served.manifest.features)
+        served.online = online_store(served.manifest.features)
         self.served, self.started_at = served, datetime.now(UTC)
+
+    def replace(self, served: Served) -> None:
+        """Serve `served` from the next request on; those being answered keep what they began with.
+
+        To be called on the event loop.
+        """
+        if served.manifest.features == self.served.manifest.features:
+            served.online = self.served.online
+        else:
+            served.online = online_store(served.manifest.features)
+        self.served = served
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; nothing but JSON leaves here."""
@@ -87,8 +102,10 @@ class Endpoint:
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
-                online = await self.online.health() if self.online else None
-                answer = _encode(self.served.health(self.started_at, online))
+                served = self.served
+                online = await served.online.health() if served.online else None
+                refused = self.follower.refused if self.follower else None
+                answer = _encode(served.health(self.started_at, online, refused))
             else:
                 known = "POST /predict, POST /predict_batch and GET /health"
                 raise Refusal(404, "path", f"there are {known} here")
@@ -115,9 +132,9 @@ class Endpoint:
 
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
         """The answer to a request by id alone. Raises Refusal."""
-        if self.online is None:
+        if served.online is None:
             raise served.decoder.features_needed(NO_ONLINE_STORE)
-        (found,) = await self.online.find([request.customer_id])
+        (found,) = await served.online.find([request.customer_id])
         if isinstance(found, Refusal):
             raise found
         return served.predict_stored(request.customer_id, found)
@@ -131,11 +148,11 @@ class Endpoint:
         requests = await run(self._batches, served.decoder.decode_batch, body)
         ids = [r.customer_id for r in requests if isinstance(r, CustomerRequest)]
         found: list[Found | Refusal] = []
-        if ids and self.online is None:
+        if ids and served.online is None:
             found = [served.decoder.features_needed(NO_ONLINE_STORE)] * len(ids)
-        elif ids and self.online is not None:
+        elif ids and served.online is not None:
             try:
-                found = await self.online.find(ids)
+                found = await served.online.find(ids)
             except Refusal as refusal:
                 if len(ids) == len(requests):
                     raise

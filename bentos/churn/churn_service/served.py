@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -18,10 +19,12 @@ from churn_assets.contract.response import (
     Health,
     OnlineHealth,
     Prediction,
+    RefusedRelease,
     StoredPrediction,
     predict,
     predict_stored,
 )
+from churn_service.online import OnlineStore
 
 
 class OnnxModel:
@@ -77,9 +80,13 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 
 
 class Served:
-    """A verified release with everything made from it: replaced as one, or not at all."""
+    """A verified release with everything made from it: replaced as one, or not at all.
+
+    `online` is where its features are looked up: set before it answers anything.
+    """
 
     def __init__(self, release: Release):
+        self.online: OnlineStore | None = None
         self.manifest = release.manifest
         self.decoder = RequestDecoder(release.manifest.features)
         self.model = OnnxModel(release.model, len(release.manifest.features))
@@ -116,7 +123,12 @@ class Served:
         version, risk = self.manifest.model_version, self.manifest.risk
         return Scored(predict(customer_id, probability, version, risk), values, probability)
 
-    def health(self, started_at: datetime, online: OnlineHealth | None) -> Health:
+    def health(
+        self,
+        started_at: datetime,
+        online: OnlineHealth | None,
+        refused: RefusedRelease | None = None,
+    ) -> Health:
         """What is served here."""
         manifest = self.manifest
         return Health(
@@ -127,6 +139,8 @@ class Served:
             bento=self.bento,
             features=manifest.feature_names,
             started_at=started_at,
+            worker=os.getpid(),
+            release_refused=refused,
             online_store=online,
         )
 

@@ -73,7 +73,7 @@ def evaluation_report(
     data, client = trained_model.training_set, project.mlflow_client()
     frame = restore_training_set(project.lake, data.data_hash).to_pandas()
     onnx = load_onnx(trained_model, project.home.mlflow_uri)
-    incumbent = production_model(client, trained_model.name, project.home.mlflow_uri)
+    incumbent = production_model(client, trained_model.name, project.home.releases)
     production, problem = asked(incumbent, data.features)
     use = record_look(
         project.home.ledger,

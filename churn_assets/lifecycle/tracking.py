@@ -277,17 +277,12 @@ def log_card(client: MlflowClient, run_id: str, card: Card) -> None:
 
 def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:
     """The ONNX graph of a registered model, as it was logged."""
-    return onnx_of(record.onnx_uri, tracking_uri)
-
-
-def onnx_of(model_uri: str, tracking_uri: str) -> bytes:
-    """The ONNX graph logged at `model_uri`."""
     import mlflow
     import mlflow.onnx
 
     mlflow.set_tracking_uri(tracking_uri)
     with _quiet("mlflow"):
-        return mlflow.onnx.load_model(model_uri).SerializeToString()
+        return mlflow.onnx.load_model(record.onnx_uri).SerializeToString()
 
 
 def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:

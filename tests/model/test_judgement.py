@@ -35,6 +35,7 @@ from churn_assets.lifecycle.model_card import (
 from churn_assets.lifecycle.records import EvaluationRecord, ModelRecord, TrainingSetRecord
 from churn_assets.lifecycle.registry import read_registry as read
 from churn_assets.lifecycle.registry import register_version, rollback_plan, transition
+from churn_assets.lifecycle.release import build_release, reference_statistics, store_release
 from churn_assets.modeling.bootstrap import interval_text
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy, Judged, judge_held_out
@@ -281,6 +282,10 @@ class Store:
     folder: Path
     experiment: str
 
+    @property
+    def releases(self) -> Path:
+        return self.folder / "releases"
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
@@ -292,8 +297,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         return Store(client, uri, folder, ensure_experiment(client, folder / "artifacts"))
 
 
-def promoted(store: Store, content: bytes) -> str:
-    """The graph as a version that is in Production."""
+def promoted(store: Store, content: bytes, golden: tuple[np.ndarray, np.ndarray]) -> str:
+    """The graph as a version that is in Production, with its release."""
     client = store.client
     mlflow.set_tracking_uri(store.uri)
     with warnings.catch_warnings():
@@ -306,6 +311,23 @@ def promoted(store: Store, content: bytes) -> str:
         version = register_version(
             client, "churn", model_uri=logged.model_uri, run_id=run.info.run_id, tags={}
         )
+        x = golden[0]
+        release = build_release(
+            store.releases,
+            onnx=content,
+            model_name="churn",
+            model_version=version,
+            features=FEATURE_NAMES,
+            golden=golden,
+            reference=reference_statistics(
+                {name: x[:, column] for column, name in enumerate(FEATURE_NAMES)}, FEATURE_NAMES
+            ),
+            mlflow_run=run.info.run_id,
+            dagster_run="run",
+            data_hash="d" * 64,
+            created_at=NOW,
+        )
+        tags = store_release(client, run.info.run_id, logged.model_uri, release)
         for target, evidence in (
             ("Staging", history.Evidence("gates", {"auc": 0.95})),
             ("Production", history.Evidence("bootstrap", {"auc": 0.95})),
@@ -320,30 +342,31 @@ def promoted(store: Store, content: bytes) -> str:
                 evidence=evidence,
                 now=NOW,
                 plan=rollback_plan(read(client, "churn")),
+                tags=tags if target == "Staging" else {},
             )
     return version
 
 
 def test_the_incumbent_is_the_graph_in_production(
-    store: Store, candidate: Candidate, frame: pd.DataFrame
+    store: Store, candidate: Candidate, frame: pd.DataFrame, judged: Judged
 ) -> None:
-    client, uri = store.client, store.uri
+    client, releases = store.client, store.releases
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert production_model(client, "churn", uri) is None
-        version = promoted(store, candidate.onnx)
-        found = production_model(client, "churn", uri)
+        assert production_model(client, "churn", releases) is None
+        version = promoted(store, candidate.onnx, judged.golden)
+        found = production_model(client, "churn", releases)
     assert found is not None
     assert (found.version, found.features, found.problem) == (version, FEATURE_NAMES, None)
     assert found.onnx is not None
-    judged = judge(candidate, frame, production=found.onnx)
-    assert judged.against["production"]["log_loss"].value == pytest.approx(0.0, abs=1e-9)
-    assert record_of(candidate, judged, found).passed
-    (kept,) = store.folder.rglob("model.onnx")
-    kept.unlink()
+    beside = judge(candidate, frame, production=found.onnx)
+    assert beside.against["production"]["log_loss"].value == pytest.approx(0.0, abs=1e-9)
+    assert record_of(candidate, beside, found).passed
+    for kept in list(store.folder.rglob("model.onnx")):
+        kept.write_bytes(b"another")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        gone = production_model(client, "churn", uri)
+        gone = production_model(client, "churn", releases)
     assert gone is not None
     assert gone.onnx is None
     assert f"version {version} cannot be loaded" in str(gone.problem)

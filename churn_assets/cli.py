@@ -103,7 +103,10 @@ def up() -> None:
 
 @cli.command()
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
-def serve(port: int) -> None:
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Processes that answer. Default: as configured."
+)
+def serve(port: int, workers: int | None) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
     from churn_assets.lifecycle.serving import OnlineStore, serve_current
     from churn_assets.settings import load_settings
@@ -111,7 +114,8 @@ def serve(port: int) -> None:
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
     location = settings.online_store.url or str(home.online_store)
-    serve_current(home, port, OnlineStore(location, policy.max_age_hours, policy.when_stale))
+    online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
+    serve_current(home, port, online, workers=workers or policy.workers)
 
 
 @cli.command("validate-data")

@@ -42,12 +42,12 @@ from churn_assets.contract.release import MODEL, Release, ReleaseError, read_rel
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.pointer import Current, point_at
-from churn_assets.lifecycle.serving import serve
+from churn_assets.lifecycle.serving import serve, with_workers
 
 BODY = json.dumps(VALID).encode()
 SWAPS = 100
 CONNECTIONS = 8
-FAST = {"CHURN_FOLLOW_SECONDS": "0.01", "BENTOML_CONFIG_OPTIONS": "services.churn.workers=2"}
+FAST = {"CHURN_FOLLOW_SECONDS": "0.01"}
 
 
 @dataclass
@@ -199,7 +199,7 @@ def following(
     with serve(
         SERVICE,
         made.releases["1"].directory,
-        environment=FAST | {"CHURN_FOLLOW": str(made.pointer)},
+        environment=FAST | with_workers(2) | {"CHURN_FOLLOW": str(made.pointer)},
     ) as made.url:
         yield made
 
@@ -402,7 +402,7 @@ def test_two_services_of_one_machine_follow_their_own_and_a_killed_one_starts_wh
     second.add(model, "1")
     second.add(backwards, "2")
     baked = second.releases["1"].directory
-    settings = {"CHURN_FOLLOW_SECONDS": "0.01", "CHURN_FOLLOW": str(second.pointer)}
+    settings = FAST | {"CHURN_FOLLOW": str(second.pointer)}
     with Load(following.url, 2) as load:
         # Without a pointer there is what is baked in, and the reason.
         with serve(SERVICE, baked, environment=settings) as second.url:

@@ -108,14 +108,16 @@ def up() -> None:
 )
 def serve(port: int, workers: int | None) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
-    from churn_assets.lifecycle.serving import OnlineStore, serve_current
+    from churn_assets.lifecycle.serving import OnlineStore, PredictionLog, serve_current
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
     location = settings.online_store.url or str(home.online_store)
     online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
-    serve_current(home, port, online, workers=workers or policy.workers)
+    kept = policy.prediction_log.location(home.prediction_log)
+    log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
+    serve_current(home, port, online, log, workers=workers or policy.workers)
 
 
 @cli.command("validate-data")

@@ -63,6 +63,11 @@ class Home:
         return self.root / "serving" / "current.json"
 
     @property
+    def prediction_log(self) -> Path:
+        """What services answered and the lake has not yet, where the settings name no store."""
+        return self.root / "serving" / "log"
+
+    @property
     def feast_registry(self) -> Path:
         """Feast's registry, where the settings name no database."""
         return self.root / "feast" / "registry.db"

@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from churn_assets.contract.features import features_for
+from churn_assets.contract.logged import OFF, Durability, WhenBroken
 from churn_assets.contract.online import is_redis
 from churn_assets.data.engines import DuckDBSettings, Engine, SparkSettings
 from churn_assets.data.features import earliest_feature_day
@@ -68,6 +69,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 
@@ -95,6 +97,27 @@ class OnlineStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             raise ValueError("online_store.url is needed: redis://host:6379/0 or ${VARIABLE}")
 
 
+class PredictionLogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where services keep what they answer until the lake has it.
+
+    store: a directory (default: in CHURN_HOME), a postgresql:// URL, or `off` to serve unlogged
+    (which YAML reads as false). durability: what is kept survives the kill of a `process`, or a cut
+    of the `power`, too. when_broken: `refuse` to answer, or `serve` unlogged.
+    """
+
+    store: str | bool | None = None
+    durability: Durability = "process"
+    when_broken: WhenBroken = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.store is True:
+            raise ValueError("serving.prediction_log.store: give a directory, a URL or off")
+
+    def location(self, home: Path) -> str:
+        """The directory, URL or `off`, for a home whose own directory for it is `home`."""
+        return OFF if self.store is False else str(self.store or home)
+
+
 class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many processes answer, and how old features of the online store may be for them.
 
@@ -105,6 +128,7 @@ class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: int = 1
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
+    prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 256:
@@ -248,6 +272,10 @@ def load_settings(path: str | Path | None = None) -> Settings:
         return fill_variables(value, os.environ, key) if isinstance(value, str) else value
 
     online, feast, spark = settings.online_store, settings.feast, settings.spark
+    log, key = settings.serving.prediction_log, "serving.prediction_log.store"
+    # YAML's off is false.
+    store = place(key, log.store) if isinstance(log.store, str) and log.store != OFF else log.store
+    log = msgspec.structs.replace(log, store=False if store == OFF else store)
     settings = msgspec.structs.replace(
         settings,
         source=resolve_paths(settings.source, base, os.environ),
@@ -260,6 +288,7 @@ def load_settings(path: str | Path | None = None) -> Settings:
         ),
         online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
         feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
+        serving=msgspec.structs.replace(settings.serving, prediction_log=log),
     )
     if settings.engine == "spark" and settings.lake and "://" in settings.lake:
         raise UserError(f"{chosen}: {spark_needs_a_folder(settings.lake)}")

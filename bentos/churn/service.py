@@ -14,6 +14,8 @@ Where CHURN_FOLLOW names a pointer file, the release it names is served in place
 from __future__ import annotations
 
 import gc
+import logging
+import math
 import os
 from pathlib import Path
 
@@ -21,14 +23,17 @@ import bentoml
 
 from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.endpoint import Endpoint
+from churn_service.fast_lane import choose_lane, service_options
 from churn_service.follower import Follower
 from churn_service.online import online_store
+from churn_service.prediction_log import prediction_log
 from churn_service.served import Served
+from churn_service.traffic import Limits
 
 BAKED_RELEASE = Path(__file__).resolve().parent / "release"
 RELEASE_VARIABLE = "CHURN_RELEASE_DIR"
 
-ANSWER_SECONDS = 5
+logger = logging.getLogger("bentoml.churn")
 
 
 def release_directory() -> Path:
@@ -49,14 +54,20 @@ def _refused_start(error: ReleaseError) -> bentoml.exceptions.BentoMLException:
     return bentoml.exceptions.BentoMLException(f"refused to start: {error}")
 
 
-endpoint = Endpoint()
+try:
+    lane, limits = choose_lane(os.environ), Limits.from_environment(os.environ)
+except ReleaseError as error:
+    raise _refused_start(error) from None
+
+endpoint = Endpoint(lane, limits)
 
 
 @bentoml.asgi_app(endpoint, path="/", name="churn")
 @bentoml.service(
     name="churn",
     workers=1,
-    traffic={"timeout": ANSWER_SECONDS},
+    # The endpoint keeps its own timeout: this one is for an endpoint that does not.
+    traffic={"timeout": math.ceil(limits.timeout) + 1},
     logging={"access": {"enabled": False}},
     image=bentoml.images.Image(
         base_image="python:3.11-slim",
@@ -65,6 +76,7 @@ endpoint = Endpoint()
         lock_python_packages=False,
     ),
     envs=[{"name": "BENTOML_DO_NOT_TRACK", "value": "True"}],
+    **service_options(lane, endpoint),
 )
 class Churn:
     """Churn probability of one customer, from the release this service was built with."""
@@ -75,16 +87,21 @@ class Churn:
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
             Follower.from_environment(os.environ)
+            prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
 
     def __init__(self) -> None:
         try:
+            if not lane.fast:
+                logger.warning("requests take BentoML's ASGI mount: %s", lane.reason)
             served = Served(read_release(release_directory()))
             follower = endpoint.follower = Follower.from_environment(os.environ)
             endpoint.start(follower.first(served) if follower else served)
         except ReleaseError as error:
             raise _refused_start(error) from None
+        # uvicorn writes lines for its access log as long as anybody might listen to them.
+        logging.getLogger("uvicorn.access").propagate = False
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,
         # none of them garbage. Full collections over them stopped the service for 80 to 180 ms.
         gc.freeze()
@@ -92,3 +109,6 @@ class Churn:
         gc.set_threshold(700, 10, 1000)
         if follower:
             follower.start(endpoint.replace)
+
+    async def __is_ready__(self) -> bool:
+        return endpoint.started

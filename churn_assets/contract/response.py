@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from churn_assets.contract.logged import Durability, WhenBroken
 from churn_assets.contract.request import Refusal
 from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
@@ -60,16 +61,43 @@ class RefusedRelease(msgspec.Struct, frozen=True):
     since: datetime
 
 
+class LaneHealth(msgspec.Struct, frozen=True):
+    """How requests reach the endpoint. `reason` says why it is not the fast lane."""
+
+    fast: bool
+    reason: str | None
+
+
+class LogHealth(msgspec.Struct, frozen=True):
+    """The prediction log as this worker sees it. `reason` says what keeps it from being used.
+
+    store: the directory or the server, without a password; `off` where the service was told to
+    serve unlogged. rows_waiting: kept, but not ingested yet, the oldest answered at oldest_waiting;
+    of this worker or, on a server, of all. unlogged: predictions this worker has answered that are
+    not in the log.
+    """
+
+    store: str
+    usable: bool
+    durability: Durability | None = None
+    when_broken: WhenBroken | None = None
+    rows_waiting: int | None = None
+    oldest_waiting: datetime | None = None
+    unlogged: int = 0
+    reason: str | None = None
+
+
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `worker` is the process that answered, each of which follows the pointer by itself; `bento` is
-    the code that runs, whose baked release need not be the one served. `release_refused` is what
-    the pointer names instead of `release_id`, null where nothing is followed or all is well.
-    `bento` is null where the service runs from its source, `online_store` where there is none.
+    `status` is `degraded` while the prediction log is broken. `worker` is the process that
+    answered, each of which follows the pointer by itself. `bento` is the code that runs, whose
+    baked release need not be the one served, and null where the service runs from its source.
+    `release_refused` is what the pointer names instead of `release_id`, null where nothing is
+    followed or all is well; `online_store` is null where there is none.
     """
 
-    status: Literal["healthy"]
+    status: Literal["healthy", "degraded"]
     model: str
     version: str
     release_id: str
@@ -79,6 +107,8 @@ class Health(msgspec.Struct, frozen=True):
     worker: int
     release_refused: RefusedRelease | None
     online_store: OnlineHealth | None
+    lane: LaneHealth
+    prediction_log: LogHealth
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -72,6 +72,13 @@ drift = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Compare the last seven days of features with what the model was trained on.",
 )
+# What is not there yet is there an hour later; two passes at once would refuse each other.
+prediction_log = dg.define_asset_job(
+    "prediction_log",
+    selection=dg.AssetSelection.assets("prediction_log"),
+    tags={"churn/exclusive": "prediction_log"},
+    description="Bring what services answered from their log into the lake.",
+)
 
 
 class Clean(dg.Config):
@@ -112,4 +119,13 @@ def clean_archive() -> None:
     remove_old_versions()
 
 
-JOBS = [daily_refresh, training, promotion, approve_promotion, rollback, drift, clean_archive]
+JOBS = [
+    daily_refresh,
+    training,
+    promotion,
+    approve_promotion,
+    rollback,
+    drift,
+    prediction_log,
+    clean_archive,
+]

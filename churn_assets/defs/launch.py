@@ -309,11 +309,20 @@ def run_everything(home: Home) -> None:
         if trained.success and _something_to_serve(project, trained.run_id):
             launcher.run("bento", "promotion").require()
         launcher.run("drift", "drift").require()
+        _ingest_log(launcher)
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     written.replace(home.summary)
     show(summary, home)
+
+
+def _ingest_log(launcher: Launcher) -> None:
+    try:
+        launcher.run("log", "prediction_log").require()
+    except UserError as error:
+        # The hourly pass of `make up` may be at it; what is not in the lake yet stays in the log.
+        print(f"  {error}; the next pass brings it in", flush=True)
 
 
 def train(home: Home, reason: str | None) -> Outcome | None:

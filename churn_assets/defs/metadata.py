@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from churn_assets.contract.features import FEATURES, Feature
 from churn_assets.data.checks import CheckResult
+from churn_assets.data.prediction_log import SCHEMA as PREDICTIONS
 from churn_assets.data.tables import RawTable
 from churn_assets.lifecycle.history import Step, Tenure
 from churn_assets.lifecycle.records import GateRecord
@@ -91,6 +92,42 @@ def training_schema(features: Sequence[Feature] = FEATURES) -> dg.TableSchema:
     """The columns of the training set."""
     return dg.TableSchema(
         columns=[*feature_schema(features).columns, label_schema().columns[-1]],
+    )
+
+
+def prediction_log_schema() -> dg.TableSchema:
+    """The columns of the prediction log."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                field.name,
+                str(field.type),
+                constraints=dg.TableColumnConstraints(
+                    nullable=field.nullable, unique=field.name == "key"
+                ),
+            )
+            for field in PREDICTIONS
+        ]
+    )
+
+
+def rows_by_day_table(
+    added: Mapping[date, int], there: Mapping[date, int]
+) -> dg.TableMetadataValue:
+    """The newest days of the prediction log: rows this pass added, and all there are."""
+    newest = sorted(there, reverse=True)[:HISTORY_ROWS]
+    return figures_table(
+        [{"day": str(day), "added": added.get(day, 0), "rows": there[day]} for day in newest]
+    )
+
+
+def served_table(served: Mapping[tuple[str, str], int]) -> dg.TableMetadataValue:
+    """How many of the added predictions each arm of each release answered."""
+    return figures_table(
+        [
+            {"release": release, "arm": arm, "predictions": rows}
+            for (arm, release), rows in served.items()
+        ]
     )
 
 

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from churn_assets.contract.features import Feature, features_for
+from churn_assets.contract.logged import OFF
 from churn_assets.data.engines import open_duckdb, open_engine
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
+from churn_assets.data.log_sources import LogSource, open_log_source
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
 from churn_assets.data.windows import labelled_partition, partition_of_cutoff
 from churn_assets.errors import UserError
@@ -72,6 +74,13 @@ class Project:
             spill=str(self._spill),
             retention=timedelta(days=self.settings.online_store.retention_days),
         )
+
+    @property
+    def log_source(self) -> LogSource:
+        """Where services keep what they answer until the lake has it."""
+        location = self.settings.serving.prediction_log.location(self.home.prediction_log)
+        # A service told to serve unlogged may have kept something before.
+        return open_log_source(str(self.home.prediction_log) if location == OFF else location)
 
     @cached_property
     def source(self) -> Source:

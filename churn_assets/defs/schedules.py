@@ -1,4 +1,4 @@
-"""The schedules: the daily refresh, Monday's training, the daily drift report."""
+"""The schedules: the daily refresh, Monday's training, drift, the hourly prediction log."""
 
 from datetime import UTC, date, datetime, timedelta
 
@@ -159,6 +159,13 @@ drift_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+prediction_log_schedule = dg.ScheduleDefinition(
+    job=jobs.prediction_log,
+    cron_schedule=cron("prediction_log"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -166,4 +173,10 @@ clean_archive_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
-SCHEDULES = [daily_refresh_schedule, training_schedule, drift_schedule, clean_archive_schedule]
+SCHEDULES = [
+    daily_refresh_schedule,
+    training_schedule,
+    drift_schedule,
+    prediction_log_schedule,
+    clean_archive_schedule,
+]

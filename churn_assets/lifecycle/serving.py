@@ -23,6 +23,13 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.logged import (
+    DURABILITY_VARIABLE,
+    LOG_VARIABLE,
+    OFF,
+    WHEN_BROKEN_VARIABLE,
+    is_postgres,
+)
 from churn_assets.contract.online import is_redis
 from churn_assets.contract.release import read_release
 from churn_assets.contract.response import predict
@@ -122,12 +129,36 @@ class OnlineStore:
         }
 
 
+@dataclass(frozen=True)
+class PredictionLog:
+    """Where a service keeps what it answers: a directory, a postgresql:// URL or `off`.
+
+    `durability` is `process` (what is kept survives SIGKILL) or `power` (a power cut, too);
+    `when_broken` is `refuse` or `serve`.
+    """
+
+    location: str
+    durability: str = "process"
+    when_broken: str = "refuse"
+
+    def environment(self) -> dict[str, str]:
+        """The settings as the service reads them."""
+        as_it_is = self.location == OFF or is_postgres(self.location)
+        return {
+            # A service runs in a folder of its own, where a relative path would be another one.
+            LOG_VARIABLE: self.location if as_it_is else str(Path(self.location).resolve()),
+            DURABILITY_VARIABLE: self.durability,
+            WHEN_BROKEN_VARIABLE: self.when_broken,
+        }
+
+
 @contextlib.contextmanager
 def serve(
     target: Path | str,
     release_dir: Path | None = None,
     *,
     online: OnlineStore | None = None,
+    log: PredictionLog | None = None,
     environment: Mapping[str, str] | None = None,
     bentoml_home: Path | None = None,
     port: int | None = None,
@@ -137,25 +168,27 @@ def serve(
     """Serve `target` while the block runs; yields its URL, `http://127.0.0.1:<port>`.
 
     `target` is a service directory (then `release_dir` names the release) or the tag of a bento in
-    `bentoml_home`. Without `online` the service has no online store, whatever the environment says.
+    `bentoml_home`. Without `online` the service has no online store, whatever the environment says;
+    without `log` its log is removed with all it writes.
     `environment` are further settings of the service. Without `port` a free one is taken. What the
     service writes goes into a folder of its own in `scratch` (default: the system's temporary
     folder), removed at the end. However the block ends, no process of the service is left. Raises
     UserError when the port is taken, or with what its log says when the service does not start.
     """
     with tempfile.TemporaryDirectory(prefix="churn-serve-", dir=scratch) as own:
-        log = Path(own) / "service.log"
+        said = Path(own) / "service.log"
         with (
-            log.open("wb") as sink,
+            said.open("wb") as sink,
             _running(
                 _resolve(target, bentoml_home),
                 release_dir,
                 online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
+                log=log,
                 environment=environment,
                 sink=sink.fileno(),
-                log=log,
+                said=said,
                 start_timeout=start_timeout,
             ) as (_, url),
         ):
@@ -163,9 +196,16 @@ def serve(
 
 
 def serve_current(
-    home: Home, port: int, online: OnlineStore | None = None, *, workers: int = 1
+    home: Home,
+    port: int,
+    online: OnlineStore | None = None,
+    log: PredictionLog | None = None,
+    *,
+    workers: int = 1,
 ) -> None:
     """Serve what the pointer of `home` names on `port`, in the foreground, and what it names next.
+
+    What it answers is kept in `log`, by default in the home.
 
     Waits until it names something. The service follows the pointer itself and swaps to another
     release between requests. A bento of other code is first started on a port of its own: one that
@@ -179,16 +219,16 @@ def serve_current(
     signal.signal(signal.SIGTERM, _exit_on_signal)
     check_port(port)
     settings = {"CHURN_FOLLOW": str(home.current)} | with_workers(workers)
+    log = log or PredictionLog(str(home.prediction_log))
     tag = _next_to_serve(home)
     while True:
         path = bento_of_tag(tag, home.bentoml).path
         with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
             # A worker that is started again needs the code after its bento has been cleaned away.
             own = Path(shutil.copytree(path, Path(scratch) / path.name))
-            with _running(own, None, online, port, scratch=Path(scratch), environment=settings) as (
-                process,
-                url,
-            ):
+            with _running(
+                own, None, online, port, scratch=Path(scratch), log=log, environment=settings
+            ) as (process, url):
                 print(f"{tag} answers at {url}/predict", flush=True)
                 tag = _next_to_serve(home, tag, process)
 
@@ -236,9 +276,9 @@ def _next_to_serve(
 def _try_out(bento: Path) -> None:
     """Start a bento once, beside what serves. Raises UserError with what its log says."""
     with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
-        log = Path(scratch) / "service.log"
+        said = Path(scratch) / "service.log"
         with (
-            log.open("wb") as sink,
+            said.open("wb") as sink,
             _running(
                 bento,
                 None,
@@ -246,7 +286,7 @@ def _try_out(bento: Path) -> None:
                 free_port(),
                 scratch=Path(scratch),
                 sink=sink.fileno(),
-                log=log,
+                said=said,
             ),
         ):
             pass
@@ -393,9 +433,10 @@ def _running(
     port: int,
     *,
     scratch: Path,
+    log: PredictionLog | None = None,
     environment: Mapping[str, str] | None = None,
     sink: int | None = None,
-    log: Path | None = None,
+    said: Path | None = None,
     start_timeout: float = START_TIMEOUT_S,
 ) -> Generator[tuple[subprocess.Popen, str]]:
     """`bentoml serve` as a process that ends with the block. All it writes goes to `scratch`.
@@ -407,7 +448,7 @@ def _running(
     process = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         cwd=scratch,
-        env=_environment(directory, release_dir, online, scratch) | dict(environment or {}),
+        env=_environment(directory, release_dir, online, log, scratch) | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,
@@ -415,7 +456,7 @@ def _running(
     )
     family: set[psutil.Process] = set()
     try:
-        _wait_until_ready(process, port, log, start_timeout)
+        _wait_until_ready(process, port, said, start_timeout)
         family |= _descendants(process.pid)
         yield process, f"http://{HOST}:{port}"
     finally:
@@ -423,11 +464,16 @@ def _running(
 
 
 def _environment(
-    directory: Path, release_dir: Path | None, online: OnlineStore | None, scratch: Path
+    directory: Path,
+    release_dir: Path | None,
+    online: OnlineStore | None,
+    log: PredictionLog | None,
+    scratch: Path,
 ) -> dict[str, str]:
+    log = log or PredictionLog(str(scratch / "log"))
     unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
     unwanted |= {"CHURN_FOLLOW", "CHURN_FOLLOW_SECONDS"}
-    unwanted |= OnlineStore("online.db").environment().keys()
+    unwanted |= OnlineStore("online.db").environment().keys() | log.environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {
         "BENTOML_HOME": str(scratch / "bentoml"),
@@ -435,6 +481,7 @@ def _environment(
         "TMPDIR": str(scratch),
         "PYTHONUNBUFFERED": "1",
     }
+    environment |= log.environment()
     (scratch / "bentoml").mkdir(exist_ok=True)
     if not (directory / "bento.yaml").is_file():
         # A service run from its source finds the contract in the project it lies in.

@@ -38,6 +38,7 @@ ASSETS = (
     "registry_history",
     "churn_bento",
     "drift_report",
+    "prediction_log",
 )
 GATES = (
     "accuracy",
@@ -63,6 +64,8 @@ CHECKS = {
     "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
+    "prediction_log.keys_unique",
+    "prediction_log.trimmed_what_is_there",
 }
 FIRST, LAST = date(2024, 1, 1), date(2024, 8, 7)
 HORIZON, ACTIVITY = 30, 90
@@ -150,7 +153,7 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert prediction["latency_ms"] > 0
     assert summary["drift"]["verdict"] == "ok"
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
-    stages = ["raw", "features", "labels", "online", "training", "bento", "drift"]
+    stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log"]
     assert list(summary["seconds"]) == stages
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
@@ -182,6 +185,7 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.checks) == CHECKS
     assert set(seen.checks.values()) == {"SUCCEEDED"}
     assert seen.runs == [
+        ("prediction_log", "SUCCESS"),
         ("drift", "SUCCESS"),
         ("promotion", "SUCCESS"),
         ("training", "SUCCESS"),
@@ -548,7 +552,11 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
     assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
-    assert refused_run.seen.runs[:2] == [("drift", "SUCCESS"), ("training", "FAILURE")]
+    assert refused_run.seen.runs[:3] == [
+        ("prediction_log", "SUCCESS"),
+        ("drift", "SUCCESS"),
+        ("training", "FAILURE"),
+    ]
     assert refused_run.seen.checks["evaluation_report.auc"] == "FAILED"
     assert refused_run.seen.mlflow[0].info.status == "FAILED"
     assert refused_run.seen.mlflow[0].data.tags["gates"] == "refused by auc"

@@ -67,6 +67,7 @@ def test_everything_is_on() -> None:
         "daily_refresh_schedule",
         "training_schedule",
         "drift_schedule",
+        "prediction_log_schedule",
         "clean_archive_schedule",
     }
     assert all(s.default_status is dg.DefaultScheduleStatus.RUNNING for s in SCHEDULES)

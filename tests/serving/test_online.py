@@ -25,6 +25,8 @@ from churn_assets.contract.release import Release, read_release
 from churn_assets.contract.request import MAX_BATCH_BYTES, MAX_ROWS
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.serving import OnlineStore, ask, serve
+from churn_service.endpoint import Endpoint
+from churn_service.traffic import Limits
 
 STAMP = CUTOFF.isoformat().replace("+00:00", "Z")
 
@@ -37,9 +39,10 @@ def call(
 
     def started(location: Path | str | None, of: Release = release, **variables: str) -> Caller:
         monkeypatch.setenv("CHURN_ONLINE_STORE", str(location or ""))
+        monkeypatch.setenv("CHURN_PREDICTION_LOG", "off")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        endpoint = service.Endpoint()
+        endpoint = Endpoint(service.lane, Limits())
         endpoint.start(service.Served(read_release(of.directory)))
         return Caller(endpoint)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import psutil
 import pytest
 from serving_cases import (
@@ -133,7 +134,16 @@ def too_narrow(parts: Parts) -> tuple[Path, str]:
     return made.directory, "the release has 5 features"
 
 
-BAD_RELEASES = [tampered, absent, forged, another_model, not_a_model, too_narrow]
+def of_doubles(parts: Parts) -> tuple[Path, str]:
+    onnx_model = onnx.load_from_string(parts.model.onnx)
+    graph = onnx_model.graph
+    graph.node.append(onnx.helper.make_node("Cast", [graph.output[-1].name], ["doubles"], to=11))
+    graph.output.append(onnx.helper.make_tensor_value_info("doubles", 11, [None, 2]))
+    made = release_of(parts.model, parts.folder, onnx=onnx_model.SerializeToString())
+    return made.directory, r"must end in class probabilities, not tensor\(double\)"
+
+
+BAD_RELEASES = [tampered, absent, forged, another_model, not_a_model, too_narrow, of_doubles]
 
 
 @pytest.mark.parametrize("bad", BAD_RELEASES, ids=lambda bad: bad.__name__)

@@ -84,6 +84,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
     assert started_at.tzinfo is not None
     assert started_at <= datetime.now(UTC)
     assert health.pop("worker") > 0
+    assert health.pop("prediction_log")["usable"]
     assert health == {
         "status": "healthy",
         "model": "churn",
@@ -93,6 +94,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "features": [feature.name for feature in FEATURES],
         "release_refused": None,
         "online_store": None,
+        "lane": {"fast": True, "reason": None},
     }
     assert client.send(b"", "HEAD", "/health", {})[:2] == (200, {})
 
@@ -104,7 +106,7 @@ def test_the_probes_and_metrics_of_bentoml_work(client: Client, path: str) -> No
     content = response.read()
     assert response.status == 200
     if path == "/metrics":
-        assert b'endpoint="/predict"' in content
+        assert b'churn_requests_total{endpoint="/predict",status="200"}' in content
 
 
 @pytest.mark.parametrize(("body", "status", "field"), BAD_BODIES)

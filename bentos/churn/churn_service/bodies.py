@@ -1,8 +1,7 @@
-"""The body of a request, read from ASGI within limits of size and time."""
+"""The body of a request, read from ASGI within a limit of size."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -11,9 +10,6 @@ from churn_assets.contract.request import WHOLE_BODY, Refusal
 # A body over the limit is read and dropped up to here, so that a client that writes all of it
 # before it reads gets its answer instead of a reset connection.
 DRAIN_BYTES = 16 * 1024 * 1024
-
-# A slow client hears 408 from here before it hears 504 from BentoML.
-READ_SECONDS = 4
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,11 +21,7 @@ async def read_body(scope: Message, receive: Receive, limit: int) -> bytes:
     length = _check_headers(scope["headers"])
     if length > DRAIN_BYTES:
         raise _too_large(limit)
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            return await _receive_all(receive, limit)
-    except TimeoutError:
-        raise Refusal(408, WHOLE_BODY, f"must arrive within {READ_SECONDS} s") from None
+    return await _receive_all(receive, limit)
 
 
 async def _receive_all(receive: Receive, limit: int) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
+import re
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -26,40 +28,55 @@ from churn_assets.contract.response import (
     BatchAnswer,
     ErrorAnswer,
     ErrorDetail,
+    LaneHealth,
     StoredPrediction,
     refuse,
     refuse_row,
 )
 from churn_service.bodies import Message, Receive, Send, read_body
+from churn_service.fast_lane import PATHS
 from churn_service.follower import Follower
+from churn_service.metrics import Metrics
 from churn_service.online import ONLINE_VARIABLE, online_store
-from churn_service.prediction_log import NotLogged, PredictionLog
+from churn_service.prediction_log import NotLogged, PredictionLog, prediction_log
 from churn_service.served import BatchRow, Scored, Served
+from churn_service.traffic import Limits, Traffic
 
 NO_ONLINE_STORE = f"this service has no online store ({ONLINE_VARIABLE}) to take it from"
+
+NOT_STARTED = Refusal(503, "server", "is starting: try again", retry_after=1)
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
 
 
 class Endpoint:
-    """The ASGI application. `served` is set before the first request can arrive.
+    """The ASGI application. Until `start` it answers 503.
 
-    `follower` is who replaces it, where the service follows a pointer.
+    `follower` is who replaces what is served, where the service follows a pointer.
     """
 
     served: Served
+    metrics: Metrics
     started_at: datetime
 
-    def __init__(self) -> None:
+    def __init__(self, lane: LaneHealth, limits: Limits) -> None:
+        self._lane, self._limits = lane, limits
+        self.started = False
         self.follower: Follower | None = None
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
 
     def start(self, served: Served) -> None:
-        """Serve `served` from now on, with the online store the environment names."""
+        """Serve `served` from now on, with the online store and the log the environment names."""
         served.online = online_store(served.manifest.features)
+        self.metrics = Metrics(PATHS)
+        self._traffic = Traffic(self._limits, self.metrics.in_progress.set)
+        self._log = prediction_log(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
+        self.metrics.serves(served.manifest, served.bento)
+        self.started = True
 
     def replace(self, served: Served) -> None:
         """Serve `served` from the next request on; those being answered keep what they began with.
@@ -71,20 +88,29 @@ class Endpoint:
         else:
             served.online = online_store(served.manifest.features)
         self.served = served
+        self.metrics.serves(served.manifest, served.bento)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; nothing but JSON leaves here."""
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
+        if not self.started:
+            await _answer(send, *_refused(NOT_STARTED))
+            return
         status, answer, headers = 200, b"", []
         arrived = time.perf_counter_ns()
+        path, method = scope["path"], scope["method"]
+        request_id = request_id_of(scope["headers"])
+        traffic, task = self._traffic, asyncio.current_task()
+        assert task is not None, "ASGI is spoken in tasks"
         try:
-            path, method = scope["path"], scope["method"]
             if path == "/predict":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                traffic.read(task)
                 body = await read_body(scope, receive, MAX_BODY_BYTES)
+                traffic.admit(task)
                 # Once: whatever this request passes on its way is of one release.
                 served = self.served
                 request = served.decoder.decode(body)
@@ -93,42 +119,49 @@ class Endpoint:
                 else:
                     scored = served.predict(request)
                 answer = _encode(scored.answer)
-                await self._log.keep([_logged(served, _request_id(), scored, arrived)])
+                await self._log.keep([_logged(served, request_id, scored, arrived)])
+                made = scored.answer
+                self.metrics.probability(made.model_version, made.churn_probability)
             elif path == "/predict_batch":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                traffic.read(task)
                 body = await read_body(scope, receive, MAX_BATCH_BYTES)
-                answer = await self._predict_batch(self.served, body, arrived)
+                traffic.admit(task)
+                answer = await self._predict_batch(self.served, body, request_id, arrived)
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
                 served = self.served
-                online = await served.online.health() if served.online else None
-                refused = self.follower.refused if self.follower else None
-                answer = _encode(served.health(self.started_at, online, refused))
+                health = served.health(
+                    self.started_at,
+                    refused=self.follower.refused if self.follower else None,
+                    online=await served.online.health() if served.online else None,
+                    log=await self._log.health(),
+                    lane=self._lane,
+                )
+                answer = _encode(health)
             else:
                 known = "POST /predict, POST /predict_batch and GET /health"
                 raise Refusal(404, "path", f"there are {known} here")
         except Refusal as refusal:
-            status, answer = refusal.status, _encode(refuse(refusal))
-            if status in (408, 413):
-                headers.append((b"connection", b"close"))
-            if refusal.retry_after is not None:
-                headers.append((b"retry-after", b"%d" % refusal.retry_after))
-            if isinstance(refusal, WrongMethod):
-                headers.append((b"allow", refusal.allowed.encode()))
+            status, answer, headers = _refused(refusal)
+        except asyncio.CancelledError:
+            given_up = traffic.given_up(task)
+            if given_up is None:
+                raise
+            status, answer, headers = _refused(given_up)
         except Exception:
             # BentoML's timeout middleware waits for its whole timeout when an application raises
             # before it answers, so nothing may get past here.
             logger.exception("a prediction failed")
             detail = ErrorDetail("server", "the prediction failed; the service log says why")
             status, answer = 500, _encode(ErrorAnswer(detail))
-        headers += [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(answer)),
-        ]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer})
+        finally:
+            traffic.leave(task)
+        self.metrics.request(path, status, time.perf_counter_ns() - arrived)
+        headers.append((b"x-request-id", request_id.encode()))
+        await _answer(send, status, answer, headers)
 
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
         """The answer to a request by id alone. Raises Refusal."""
@@ -139,7 +172,9 @@ class Endpoint:
             raise found
         return served.predict_stored(request.customer_id, found)
 
-    async def _predict_batch(self, served: Served, body: bytes, arrived: int) -> bytes:
+    async def _predict_batch(
+        self, served: Served, body: bytes, request_id: str, arrived: int
+    ) -> bytes:
         """The encoded answer to a batch. Raises Refusal when none of its rows can be answered.
 
         What takes long runs beside the event loop, one batch after the other.
@@ -158,14 +193,17 @@ class Endpoint:
                     raise
                 found = [refusal] * len(ids)
         rows = await run(self._batches, _score_batch, served, requests, found)
-        batch = _request_id()
         await self._log.keep(
             [
-                _logged(served, f"{batch}-{number}", row, arrived)
+                _logged(served, f"{request_id}-{number}", row, arrived)
                 for number, row in enumerate(rows)
                 if isinstance(row, Scored)
             ]
         )
+        for row in rows:
+            if isinstance(row, Scored):
+                made = row.answer
+                self.metrics.probability(made.model_version, made.churn_probability)
         answers = [row.answer if isinstance(row, Scored) else refuse_row(row) for row in rows]
         return _encode(BatchAnswer(answers))
 
@@ -196,8 +234,41 @@ def _score_batch(
     return [next(predicted) if error is None else error for error in errors]
 
 
-def _request_id() -> str:
-    return uuid.uuid4().hex
+async def _answer(
+    send: Send, status: int, answer: bytes, headers: list[tuple[bytes, bytes]]
+) -> None:
+    headers += [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(answer)),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+def _refused(refusal: Refusal) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    headers = []
+    if refusal.status in (408, 413):
+        headers.append((b"connection", b"close"))
+    if refusal.retry_after is not None:
+        headers.append((b"retry-after", b"%d" % refusal.retry_after))
+    if isinstance(refusal, WrongMethod):
+        headers.append((b"allow", refusal.allowed.encode()))
+    return refusal.status, _encode(refuse(refusal)), headers
+
+
+_first_half = os.urandom(8).hex()
+_numbers = itertools.count()
+
+
+def request_id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """The caller's x-request-id where it is 1 to 128 printable ASCII characters, else a new one.
+
+    A new one is a name no other request has: 32 hex digits, half of them this process's.
+    """
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.match(value):
+            return value.decode()
+    return f"{_first_half}{next(_numbers):016x}"
 
 
 def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> LoggedPrediction:
@@ -207,6 +278,7 @@ def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> Lo
         request_id=request_id,
         at=time.time_ns() // 1000,
         customer_id=answer.customer_id,
+        features=served.features,
         values=scored.values,
         probability=answer.churn_probability,
         champion=scored.champion,

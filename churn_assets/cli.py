@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -295,6 +297,72 @@ def rollback(who: str, why: str, to: str | None) -> None:
     _act("rollback", "production_release", {"who": word.who, "why": word.why}, to=to)
 
 
+@cli.group()
+def trial() -> None:
+    """A version in Staging beside the one in Production, on live requests."""
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
+_WHO = click.option("--who", default=_account, help="Your name (default: of your account).")
+
+
+@trial.command("start")
+@click.argument("version")
+@click.option("--share", type=float, help="Of the customers, whom it answers.")
+@click.option(
+    "--shadow/--no-shadow", default=None, help="Both models score every request, or each its own."
+)
+@_WHO
+@click.option("--why", default="a trial", help="Why it is worth one.")
+def start_trial(version: str, share: float | None, shadow: bool | None, who: str, why: str) -> None:
+    """Put VERSION, which is in Staging, on trial, and serve both models."""
+    config = {"what": "start_trial", "share": share, "shadow": shadow, "version": version}
+    _act_on_trial("start_trial", who, why, config)
+
+
+@trial.command("stop")
+@_WHO
+@click.option("--why", default="enough was seen", help="Why it ends.")
+def stop_trial(who: str, why: str) -> None:
+    """End the trial that is going on; its version stays in Staging."""
+    _act_on_trial("stop_trial", who, why, {"what": "stop_trial"})
+
+
+@trial.command("status")
+def trial_status() -> None:
+    """The trial that is going on, what it has shown so far, and the ones before."""
+    home = Home.from_environment()
+    client, name = _registry(home)
+    from churn_assets.lifecycle.history import trials
+    from churn_assets.lifecycle.registry import read_registry
+
+    found = trials(read_registry(client, name).history)
+    if not found:
+        click.echo("no version has been on trial; `churn trial start VERSION` begins a trial")
+        return
+    from churn_assets.monitoring.trial import last_report
+
+    report = last_report(home.records, found[-1].id)
+    for each in reversed(found):
+        click.echo(each.line())
+        if each is found[-1]:
+            for line in report.lines() if report else ["not judged yet: job trial, daily"]:
+                click.echo(f"  {line}")
+
+
+def _act_on_trial(job: str, who: str, why: str, config: Mapping[str, object]) -> None:
+    from churn_assets.lifecycle.promotion import Approval
+
+    word = Approval(who, why)
+    _act(job, "production_release", {"who": word.who, "why": word.why}, **config)
+
+
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def clean(dry_run: bool) -> None:
@@ -313,12 +381,13 @@ def clean(dry_run: bool) -> None:
     click.echo("\n".join(done.lines()))
 
 
-def _act(job: str, asset: str, config: dict[str, str], **more: str | None) -> None:
+def _act(job: str, asset: str, config: Mapping[str, object], **more: object) -> None:
     home = Home.from_environment()
     _registry(home)
     from churn_assets.defs.launch import act
 
-    act(home, job, asset, config | {name: value for name, value in more.items() if value})
+    given = {name: value for name, value in more.items() if value not in (None, "")}
+    act(home, job, asset, {**config, **given})
 
 
 @cli.command()

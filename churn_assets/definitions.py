@@ -12,6 +12,7 @@ from churn_assets.defs import (
     registry,
     serving,
     training,
+    trial,
 )
 from churn_assets.defs.jobs import JOBS
 from churn_assets.defs.progress import progress
@@ -37,6 +38,7 @@ defs = dg.Definitions(
         registry.registry_history,
         serving.churn_bento,
         monitoring.drift_report,
+        trial.trial_report,
         prediction_log.prediction_log,
     ],
     jobs=JOBS,

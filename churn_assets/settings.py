@@ -36,6 +36,7 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
@@ -69,6 +70,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daily_refresh: str = "0 2 * * *"
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
+    trial_report: str = "30 4 * * *"
     prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
@@ -169,6 +171,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     costs: CostPolicy = CostPolicy()
     quality_gates: QualityPolicy = QualityPolicy()
     promotion: PromotionPolicy = PromotionPolicy()
+    trial: TrialPolicy = TrialPolicy()
     registry: RetentionPolicy = RetentionPolicy()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
@@ -295,6 +298,12 @@ def load_settings(path: str | Path | None = None) -> Settings:
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")
+    if settings.trial.max_days <= settings.windows.horizon_days:
+        raise UserError(
+            f"{chosen}: trial.max_days ({settings.trial.max_days}) must be longer than "
+            f"windows.horizon_days ({settings.windows.horizon_days}), or no outcome is ever known "
+            "before a trial is over"
+        )
     if online.retention_days * 24 <= settings.serving.max_age_hours:
         raise UserError(
             f"{chosen}: online_store.retention_days ({online.retention_days}) must be longer than "

@@ -4,6 +4,10 @@
     model.onnx      the model
     golden.json     held-out rows with the probability the model gave them
 
+and, while another model is on trial beside it, the same two of that model:
+
+    challenger.onnx, challenger-golden.json
+
 `read_release` is the only way in. It refuses a directory with a byte, a file or a definition of a
 feature that is not the released one; `check_golden` then refuses a model that computes otherwise
 here than where it was judged.
@@ -31,6 +35,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 GOLDEN = "golden.json"
+CHALLENGER_MODEL = "challenger.onnx"
+CHALLENGER_GOLDEN = "challenger-golden.json"
 GOLDEN_TOLERANCE = 1e-5
 
 _MAX_TEXT_BYTES = 16 * 1024 * 1024
@@ -49,11 +55,22 @@ class ReleaseUnreadable(ReleaseError):
 
 
 class Challenger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A second model on trial and the share of customers it answers."""
+    """A second model on trial and the share of customers it answers.
 
+    trial: its id, which customers are assigned by. shadow: whether both models score every request.
+    features: what it takes, in its column order; requests bring the release's features, so these
+    are some or all of them. release_id: the release it was judged with. file, golden: as `model`
+    and `golden` of the release.
+    """
+
+    trial: str
     model_version: str
-    file: str
+    release_id: str
     share: Share
+    shadow: bool
+    features: tuple[str, ...]
+    file: str = CHALLENGER_MODEL
+    golden: str = CHALLENGER_GOLDEN
 
 
 class ReferenceStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,13 +118,25 @@ class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
+class Contender:
+    """The model of a challenger, as `Release` has that of the champion."""
+
+    golden: Golden
+    model: bytes
+
+
+@dataclass(frozen=True)
 class Release:
-    """A verified release; `model` are the very bytes that were verified."""
+    """A verified release; `model` are the very bytes that were verified.
+
+    challenger: the other model's, where the manifest has one.
+    """
 
     directory: Path
     manifest: Manifest
     golden: Golden
     model: bytes
+    challenger: Contender | None = None
 
 
 def release_id_of(manifest: Manifest) -> str:
@@ -139,35 +168,38 @@ def read_release(directory: Path) -> Release:
     files = _read_files(directory, manifest)
     if release_id_of(manifest) != manifest.release_id:
         _refuse(directory, f"{MANIFEST} was changed: its content is not release_id's")
-    try:
-        golden = msgspec.json.decode(files[GOLDEN], type=Golden)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ReleaseError(
-            f"release {directory}: {GOLDEN} is not what it should be: {error}"
-        ) from None
-    _check_golden_shape(directory, golden, len(manifest.features))
-    return Release(directory, manifest, golden, files[MODEL])
+    golden = _golden(directory, GOLDEN, files[GOLDEN], len(manifest.features))
+    contender = None
+    if other := manifest.challenger:
+        _check_challenger(directory, manifest, other)
+        width = len(other.features)
+        contender = Contender(
+            _golden(directory, other.golden, files[other.golden], width), files[other.file]
+        )
+    return Release(directory, manifest, golden, files[MODEL], contender)
 
 
 def check_golden(
     score: Callable[[NDArray[np.float32]], NDArray[np.floating]],
     golden: Golden,
     tolerance: float = GOLDEN_TOLERANCE,
+    *,
+    model: str = MODEL,
 ) -> float:
     """Score the golden rows; returns the largest difference from what is expected.
 
     `score` maps float32 of shape (n, features) to n probabilities. Raises ReleaseError above
-    `tolerance`.
+    `tolerance`, which calls it `model`.
     """
     answers = np.asarray(score(np.asarray(golden.rows, dtype=np.float32)), dtype=np.float64)
     expected = np.asarray(golden.probabilities, dtype=np.float64)
     if answers.shape != expected.shape:
-        raise ReleaseError(f"{MODEL} answers {answers.shape} for {expected.shape} golden rows")
+        raise ReleaseError(f"{model} answers {answers.shape} for {expected.shape} golden rows")
     difference = float(np.max(np.abs(answers - expected)))
     # Written so that a NaN, which compares false, is refused as well.
     if not difference <= tolerance:
         raise ReleaseError(
-            f"{MODEL} does not compute what it was released with: a golden prediction differs "
+            f"{model} does not compute what it was released with: a golden prediction differs "
             f"by {difference:.2g}, {tolerance:.0e} is allowed"
         )
     return difference
@@ -197,7 +229,11 @@ def _read_files(directory: Path, manifest: Manifest) -> dict[str, bytes]:
     for name in manifest.files:
         if not _FILE_NAME.match(name) or name == MANIFEST:
             _refuse(directory, f"{MANIFEST} names {name!r}, which no file of a release is called")
-    needed = {MODEL, GOLDEN} | ({manifest.challenger.file} if manifest.challenger else set())
+    needed, other = {MODEL, GOLDEN}, manifest.challenger
+    if other:
+        needed |= {other.file, other.golden}
+        if len(needed) != 4:
+            _refuse(directory, "its challenger has no files of its own")
     present = {entry.name for entry in directory.iterdir()} - {MANIFEST}
     if unlisted := sorted(needed - manifest.files.keys()):
         _refuse(directory, f"{MANIFEST} has no digest of {unlisted[0]}")
@@ -244,10 +280,31 @@ def _check_features(directory: Path, features: Sequence[Feature]) -> None:
             _refuse(directory, f"it defines {theirs.name} differently from this service")
 
 
-def _check_golden_shape(directory: Path, golden: Golden, width: int) -> None:
+def _check_challenger(directory: Path, manifest: Manifest, challenger: Challenger) -> None:
+    if challenger.model_version == manifest.model_version:
+        _refuse(directory, f"version {manifest.model_version} is on trial against itself")
+    if not challenger.trial:
+        _refuse(directory, "its trial has no id")
+    wanted = set(challenger.features)
+    if not wanted:
+        _refuse(directory, "its challenger has no features")
+    if foreign := [name for name in challenger.features if name not in manifest.feature_names]:
+        _refuse(directory, f"its challenger needs {foreign[0]}, which requests do not bring")
+    if [name for name in manifest.feature_names if name in wanted] != list(challenger.features):
+        _refuse(directory, "its challenger's features are not in the order the model sees them")
+
+
+def _golden(directory: Path, name: str, content: bytes, width: int) -> Golden:
+    try:
+        golden = msgspec.json.decode(content, type=Golden)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ReleaseError(
+            f"release {directory}: {name} is not what it should be: {error}"
+        ) from None
     if not golden.rows:
-        _refuse(directory, f"{GOLDEN} has no rows")
+        _refuse(directory, f"{name} has no rows")
     if len(golden.rows) != len(golden.probabilities):
-        _refuse(directory, f"{GOLDEN} has {len(golden.rows)} rows and another number of answers")
+        _refuse(directory, f"{name} has {len(golden.rows)} rows and another number of answers")
     if any(len(row) != width for row in golden.rows):
-        _refuse(directory, f"{GOLDEN} has a row that is not {width} features wide")
+        _refuse(directory, f"{name} has a row that is not {width} features wide")
+    return golden

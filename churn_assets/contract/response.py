@@ -61,6 +61,21 @@ class RefusedRelease(msgspec.Struct, frozen=True):
     since: datetime
 
 
+class TrialHealth(msgspec.Struct, frozen=True):
+    """A trial as one process of the service has seen it since it began to serve the release.
+
+    `asked` counts the rows the challenger was asked about, `failed` those it had no score for: the
+    champion answered them.
+    """
+
+    trial: str
+    challenger: str
+    share: float
+    shadow: bool
+    asked: int
+    failed: int
+
+
 class LaneHealth(msgspec.Struct, frozen=True):
     """How requests reach the endpoint. `reason` says why it is not the fast lane."""
 
@@ -94,7 +109,8 @@ class Health(msgspec.Struct, frozen=True):
     answered, each of which follows the pointer by itself. `bento` is the code that runs, whose
     baked release need not be the one served, and null where the service runs from its source.
     `release_refused` is what the pointer names instead of `release_id`, null where nothing is
-    followed or all is well; `online_store` is null where there is none.
+    followed or all is well; `online_store` is null where there is none, `trial` while no other
+    model is on trial.
     """
 
     status: Literal["healthy", "degraded"]
@@ -109,6 +125,7 @@ class Health(msgspec.Struct, frozen=True):
     online_store: OnlineHealth | None
     lane: LaneHealth
     prediction_log: LogHealth
+    trial: TrialHealth | None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

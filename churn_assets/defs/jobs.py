@@ -66,11 +66,40 @@ rollback = dg.define_asset_job(
         "last known good one."
     ),
 )
+start_trial = dg.define_asset_job(
+    "start_trial",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={
+        "ops": {"production_release": {"config": {"what": "start_trial", "who": "", "why": ""}}}
+    },
+    tags=_ONE_PROMOTION,
+    description=(
+        "Put a version in Staging on trial beside the one in Production: who, why, and the version "
+        "when it is not the newest; share and shadow when they are not those of the settings."
+    ),
+)
+stop_trial = dg.define_asset_job(
+    "stop_trial",
+    selection=dg.AssetSelection.assets(*_INTO_SERVICE),
+    config={
+        "ops": {"production_release": {"config": {"what": "stop_trial", "who": "", "why": ""}}}
+    },
+    tags=_URGENT,
+    description="End the trial that is going on: who and why. The version stays in Staging.",
+)
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
     tags={"churn/exclusive": "monitoring"},
     description="Compare the last seven days of features with what the model was trained on.",
+)
+# Where trials are the evidence, a report is followed by the decision.
+_JUDGED = ("promotion_decision",) if SETTINGS.promotion.evidence == "trial" else ()
+trial = dg.define_asset_job(
+    "trial",
+    selection=dg.AssetSelection.assets("trial_report", *_JUDGED),
+    tags={"churn/exclusive": "monitoring"},
+    description="Judge the version on trial by what has become known of its predictions.",
 )
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 prediction_log = dg.define_asset_job(
@@ -125,7 +154,10 @@ JOBS = [
     promotion,
     approve_promotion,
     rollback,
+    start_trial,
+    stop_trial,
     drift,
     prediction_log,
+    trial,
     clean_archive,
 ]

@@ -87,7 +87,7 @@ class Launcher:
         assets: Sequence[str] | None = None,
         days: tuple[date, date] | None = None,
         why: Mapping[str, str] | None = None,
-        config: Mapping[str, Mapping[str, str]] | None = None,
+        config: Mapping[str, Mapping[str, object]] | None = None,
     ) -> Outcome:
         """Execute `job`, or some of its assets, for a range of days.
 
@@ -310,6 +310,7 @@ def run_everything(home: Home) -> None:
             launcher.run("bento", "promotion").require()
         launcher.run("drift", "drift").require()
         _ingest_log(launcher)
+        launcher.run("trial", "trial", ["trial_report"]).require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -346,7 +347,7 @@ def _something_to_serve(project: Project, run_id: str) -> bool:
     return decision.verdict == "promote" or decision.incumbent is not None
 
 
-def act(home: Home, job: str, asset: str, config: Mapping[str, str]) -> None:
+def act(home: Home, job: str, asset: str, config: Mapping[str, object]) -> None:
     """A person's word carried out: a job in this process, beside whatever else runs in this home.
 
     Raises UserError when it is refused; what serves goes on serving.
@@ -358,6 +359,8 @@ def act(home: Home, job: str, asset: str, config: Mapping[str, str]) -> None:
         outcome.require()
         registry = read_registry(launcher.project.mlflow_client(), SETTINGS.model_name)
         print(f"version {registry.production} is in Production (Dagster run {outcome.run_id})")
+        if registry.trial is not None:
+            print(registry.trial.line())
 
 
 def promote(home: Home) -> tuple[PromotionDecision, str | None]:

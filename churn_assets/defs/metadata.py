@@ -8,6 +8,7 @@ from datetime import date, datetime
 from typing import Any
 
 import dagster as dg
+import msgspec
 import pyarrow as pa
 
 from churn_assets.contract.features import FEATURES, Feature
@@ -22,6 +23,7 @@ from churn_assets.modeling.metrics import Evaluation, Scores
 from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
+from churn_assets.monitoring.trial import Guard, Look
 
 SAMPLE_ROWS = 5
 HISTORY_ROWS = 100
@@ -348,6 +350,27 @@ def steps_table(steps: Sequence[Step]) -> dg.TableMetadataValue:
                 "evidence": step.evidence.line(),
             }
             for step in reversed(steps[-HISTORY_ROWS:])
+        ]
+    )
+
+
+def guards_table(guards: Sequence[Guard]) -> dg.TableMetadataValue:
+    """The guard rails of a trial."""
+    return figures_table([msgspec.structs.asdict(guard) for guard in guards])
+
+
+def looks_table(looks: Sequence[Look]) -> dg.TableMetadataValue:
+    """The difference of log loss at each cutoff, the newest first."""
+    return figures_table(
+        [
+            {
+                "cutoff": f"{look.cutoff:%Y-%m-%d}",
+                "outcomes": look.rows,
+                "difference": look.difference,
+                "at least": look.lower,
+                "at most": look.upper,
+            }
+            for look in reversed(looks[-HISTORY_ROWS:])
         ]
     )
 

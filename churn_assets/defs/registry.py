@@ -1,6 +1,8 @@
 """Registry: Staging, the decision to promote, what is in Production, and all that happened."""
 
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import dagster as dg
 import msgspec
@@ -9,14 +11,25 @@ from churn_assets.contract.release import read_release
 from churn_assets.defs.metadata import steps_table, tenures_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
+from churn_assets.defs.trial import tried_beside_incumbent
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.comparison import compare_with_incumbent
-from churn_assets.lifecycle.history import Evidence, tenures
+from churn_assets.lifecycle.history import CHALLENGER, Evidence, tenures
 from churn_assets.lifecycle.production import carry_out, figures_of, in_production_now, roll_back
 from churn_assets.lifecycle.promotion import Approval, PromotionDecision, decide
 from churn_assets.lifecycle.records import EvaluationRecord, HistoryRecord, RegisteredModel
-from churn_assets.lifecycle.registry import PIPELINE, finish_pending, read_registry, transition
+from churn_assets.lifecycle.registry import (
+    PIPELINE,
+    POLICY,
+    finish_pending,
+    read_registry,
+    transition,
+)
 from churn_assets.lifecycle.release import store_release
+from churn_assets.lifecycle.trials import start_trial, stop_trial
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 GROUP = "registry"
 OWNERS = [f"team:{SETTINGS.team}"]
@@ -87,21 +100,31 @@ def promotion_decision(
 ):
     """Whether the version in Staging goes to Production: verdict, reasons, evidence, policy.
 
-    The evidence is a replay of both models on the newest labelled customers. Nothing is moved here.
+    The evidence is a replay of both models on the newest labelled customers, or a trial on live
+    requests, by promotion.evidence. Nothing is moved here.
     """
     client, name = project.mlflow_client(), SETTINGS.model_name
     approval = Approval(config.who, config.why) if config.who is not None else None
     registry = read_registry(client, name)
-    version = config.version or registry.aliases.get("staging")
+    by_trial = SETTINGS.promotion.evidence == "trial"
+    version = (
+        config.version
+        or (registry.aliases.get(CHALLENGER) if by_trial else None)
+        or registry.aliases.get("staging")
+    )
     if version is None:
         raise UserError("no version is in Staging; train one that passes the gates")
+    if by_trial:
+        comparison = tried_beside_incumbent(project, registry, version)
+    else:
+        comparison = compare_with_incumbent(
+            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
+        )
     decision = decide(
         registry,
         version,
         figures=figures_of(client, registry.version(version)),
-        comparison=compare_with_incumbent(
-            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
-        ),
+        comparison=comparison,
         policy=SETTINGS.promotion,
         approval=approval,
         now=project.now(),
@@ -124,15 +147,22 @@ def promotion_decision(
     )
 
 
-class Rollback(dg.Config):
-    """Who takes the version in Production back, and why. Without `who` nothing is taken back.
+class Change(dg.Config):
+    """Who changes what serves, and why. Without `who` the latest decision is carried out.
 
-    to: the version to go back to; without it, the last known good one.
+    what: `rollback` takes the version in Production back, `start_trial` puts a version in Staging
+    on trial beside it, `stop_trial` ends that. to: the version to go back to; without it, the last
+    known good one. version: the one to try; without it, the newest in Staging. share, shadow: of
+    the trial; without them those of the settings.
     """
 
+    what: Literal["rollback", "start_trial", "stop_trial"] = "rollback"
     who: str | None = None
     why: str = ""
     to: str | None = None
+    version: str | None = None
+    share: float | None = None
+    shadow: bool | None = None
 
 
 @dg.asset(
@@ -142,18 +172,18 @@ class Rollback(dg.Config):
     deps=["promotion_decision"],
 )
 def production_release(
-    context: dg.AssetExecutionContext, config: Rollback, project: dg.ResourceParam[Project]
+    context: dg.AssetExecutionContext, config: Change, project: dg.ResourceParam[Project]
 ):
     """The release of the version in Production, from the registry, its digests and answers proven.
 
-    A decision to promote, or a rollback, is carried out first; a decision only once. What cannot be
-    proven is not put into Production.
+    A decision to promote, a rollback, or the beginning or end of a trial is carried out first; a
+    decision only once. What cannot be proven is not put into Production. During a trial the release
+    has both models.
     """
     client, name, releases = project.mlflow_client(), SETTINGS.model_name, project.home.releases
     finish_pending(client, name)
     if config.who is not None:
-        approval = Approval(config.who, config.why)
-        roll_back(client, name, releases, approval=approval, to=config.to, now=project.now())
+        _change(client, config, releases, project.now())
     else:
         found = read_record(project.home.records, "promotion_decision", context.run_id)
         decision = msgspec.json.decode(found, type=PromotionDecision)
@@ -168,8 +198,37 @@ def production_release(
             "since": record.step.at.isoformat(),
             "evidence": record.step.evidence.line(),
             "way_back": f"version {record.way_back}" if record.way_back else "none",
+            "on_trial": f"version {record.challenger}" if record.challenger else "none",
             "path": dg.MetadataValue.path(record.release_dir),
         },
+    )
+
+
+def _change(client: "MlflowClient", config: Change, releases: Path, now: datetime) -> None:
+    name, by_policy = SETTINGS.model_name, config.who == POLICY
+    if config.what == "stop_trial":
+        # The one thing a policy may do alone: it takes nothing from what is in Production.
+        who = POLICY if by_policy else Approval(str(config.who), config.why).who
+        stop_trial(client, name, who=who, why=config.why, now=now)
+        return
+    word = Approval(str(config.who), config.why)
+    if config.what == "rollback":
+        roll_back(client, name, releases, approval=word, to=config.to, now=now)
+        return
+    version = config.version or read_registry(client, name).aliases.get("staging")
+    if version is None:
+        raise UserError("no version is in Staging; train one that passes the gates")
+    policy = SETTINGS.trial
+    start_trial(
+        client,
+        name,
+        version,
+        releases,
+        share=policy.share if config.share is None else config.share,
+        shadow=policy.shadow if config.shadow is None else config.shadow,
+        who=word.who,
+        why=word.why,
+        now=now,
     )
 
 

@@ -11,6 +11,8 @@ from churn_assets.defs.partitions import SETTINGS, range_tags
 from churn_assets.defs.resources import Project
 from churn_assets.defs.weekly import trained_in, week_of, week_tags
 from churn_assets.errors import UserError
+from churn_assets.lifecycle.history import trials
+from churn_assets.lifecycle.registry import read_registry
 
 ON = dg.DefaultScheduleStatus.RUNNING
 UNFINISHED = [
@@ -159,6 +161,27 @@ drift_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+
+@dg.schedule(
+    job=jobs.trial,
+    cron_schedule=cron("trial_report"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+def trial_schedule(
+    context: dg.ScheduleEvaluationContext, project: dg.ResourceParam[Project]
+) -> dg.RunRequest | dg.SkipReason:
+    """Judge the trial that is going on, or the last one while its outcomes still come."""
+    found = trials(read_registry(project.mlflow_client(), SETTINGS.model_name).history)[-1:]
+    late = timedelta(days=SETTINGS.windows.horizon_days + 2)
+    if not found:
+        return dg.SkipReason("no version has been on trial")
+    ended = found[0].until
+    if ended is not None and context.scheduled_execution_time > ended + late:
+        return dg.SkipReason(f"{found[0].id} ended on {ended:%Y-%m-%d}, and its outcomes are known")
+    return dg.RunRequest()
+
+
 prediction_log_schedule = dg.ScheduleDefinition(
     job=jobs.prediction_log,
     cron_schedule=cron("prediction_log"),
@@ -177,6 +200,7 @@ SCHEDULES = [
     daily_refresh_schedule,
     training_schedule,
     drift_schedule,
+    trial_schedule,
     prediction_log_schedule,
     clean_archive_schedule,
 ]

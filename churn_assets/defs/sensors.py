@@ -1,13 +1,16 @@
-"""The sensors: a decision to promote is carried out; MLflow hears how runs really ended."""
+"""The sensors: decisions are carried out; MLflow hears how runs really ended."""
 
 import dagster as dg
 import msgspec
 
 from churn_assets.defs import jobs
+from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
+from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import Ending, reconcile
 from churn_assets.lifecycle.promotion import PromotionDecision
-from churn_assets.lifecycle.registry import read_registry
+from churn_assets.lifecycle.registry import POLICY, read_registry
+from churn_assets.monitoring.trial import HARMFUL, TrialReport
 
 ON = dg.DefaultSensorStatus.RUNNING
 
@@ -37,6 +40,30 @@ def promotion_decided(
     return dg.RunRequest(run_key=decision.id)
 
 
+@dg.asset_sensor(asset_key=dg.AssetKey("trial_report"), job=jobs.stop_trial, default_status=ON)
+def trial_judged(
+    context: dg.SensorEvaluationContext,
+    asset_event: dg.EventLogEntry,
+    project: dg.ResourceParam[Project],
+) -> dg.RunRequest | dg.SkipReason:
+    """End a trial whose version is surely worse or hit a guard rail, once."""
+    try:
+        record = read_record(project.home.records, "trial_report", asset_event.run_id)
+    except UserError:
+        return dg.SkipReason("no version has been on trial")
+    report = msgspec.json.decode(record, type=TrialReport)
+    trial = read_registry(project.mlflow_client(), SETTINGS.model_name).trial
+    if report.verdict not in HARMFUL:
+        return dg.SkipReason(f"{report.trial}: {report.verdict}")
+    if trial is None or trial.id != report.trial:
+        return dg.SkipReason(f"{report.trial} is not going on")
+    change = {"what": "stop_trial", "who": POLICY, "why": f"{report.verdict}: {report.reason}"}
+    return dg.RunRequest(
+        run_key=f"stop-{report.trial}",
+        run_config={"ops": {"production_release": {"config": change}}},
+    )
+
+
 def _tell_mlflow(context: dg.RunStatusSensorContext, project: Project) -> None:
     run = context.dagster_run
     reconcile(project.mlflow_client(), {run.run_id: ENDINGS[run.status]})
@@ -62,4 +89,4 @@ def mlflow_canceled_runs(
     _tell_mlflow(context, project)
 
 
-SENSORS = [promotion_decided, mlflow_failed_runs, mlflow_canceled_runs]
+SENSORS = [promotion_decided, trial_judged, mlflow_failed_runs, mlflow_canceled_runs]

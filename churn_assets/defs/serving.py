@@ -64,7 +64,8 @@ def churn_bento(
         )
         log_card(project.mlflow_client(), str(version.run_id), card)
     registry = read_registry(project.mlflow_client(), production_release.name)
-    if answer.as_expected and registry.production == production_release.version:
+    serves = registry.production, registry.trial.id if registry.trial else None
+    if answer.as_expected and serves == (production_release.version, production_release.trial):
         current = Current(
             bento=bento.tag,
             release_id=record.release_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
 
@@ -15,9 +15,20 @@ Stage = Literal["None", "Staging", "Production", "Archived", "Deleted"]
 
 # gates: what let a version into Staging. bootstrap, trial, paired_replay: what may put one into
 # Production. rollback: why the former one came back. retired, retention: why one went.
+# trial_begins, trial_ends: a version in Staging is tried beside the one in Production.
 EvidenceKind = Literal[
-    "gates", "bootstrap", "trial", "paired_replay", "rollback", "retired", "retention"
+    "gates",
+    "bootstrap",
+    "trial",
+    "paired_replay",
+    "rollback",
+    "retired",
+    "retention",
+    "trial_begins",
+    "trial_ends",
 ]
+# The alias of the version on trial.
+CHALLENGER = "challenger"
 COMPARISONS: tuple[EvidenceKind, ...] = ("trial", "paired_replay")
 
 
@@ -94,12 +105,20 @@ class Step(msgspec.Struct, frozen=True):
         """Where it went."""
         return self.moves[0].target
 
+    @property
+    def ends_trial(self) -> bool:
+        """Whether a trial that was going on is over with it."""
+        return CHALLENGER in self.aliases and self.aliases[CHALLENGER] is None
+
     def line(self) -> str:
         """The step in a line, for a person."""
-        also = "; ".join(f"version {m.version} -> {m.target}" for m in self.moves[1:])
+        more = [f"version {m.version} -> {m.target}" for m in self.moves[1:]]
+        if self.ends_trial and self.evidence.kind != "trial_ends":
+            more.append("the trial ends")
+        also = f" ({'; '.join(more)})" if more else ""
         return (
             f"{self.at:%Y-%m-%d %H:%M:%S}  version {self.version}  {self.source} -> {self.target}"
-            f"{f' ({also})' if also else ''}  by {self.who}: {self.why}  [{self.evidence.line()}]"
+            f"{also}  by {self.who}: {self.why}  [{self.evidence.line()}]"
         )
 
 
@@ -134,6 +153,65 @@ def tenures(history: Sequence[Step]) -> list[Tenure]:
     entered = [step for step in history if step.target == "Production"]
     left = [*(step.at for step in entered[1:]), None]
     return [Tenure(step.version, step.at, left[place], step) for place, step in enumerate(entered)]
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """A trial of `challenger` beside `champion`, the version in Production, since `since`.
+
+    share: of the customers, whom the challenger answers. shadow: whether both score everybody.
+    release_id: the release that has both. until: when it ended, None while it goes on.
+    """
+
+    id: str
+    challenger: str
+    champion: str
+    share: float
+    shadow: bool
+    release_id: str
+    since: datetime
+    until: datetime | None
+    step: Step
+
+    def line(self) -> str:
+        """The trial in a line, for a person."""
+        until = f"until {self.until:%Y-%m-%d %H:%M}" if self.until else "going on"
+        return (
+            f"{self.id}: version {self.challenger} beside version {self.champion} since "
+            f"{self.since:%Y-%m-%d %H:%M} UTC, {until}; it answers {self.share:.1%} of the "
+            f"customers, {'both score everybody' if self.shadow else 'each scores its own'}"
+        )
+
+
+def trial_figures(
+    trial: str, share: float, shadow: bool, release_id: str
+) -> dict[str, float | str]:
+    """What the step that begins a trial keeps of it."""
+    scoring = "both" if shadow else "one"
+    return {"trial": trial, "share": share, "scoring": scoring, "release_id": release_id}
+
+
+def trials(history: Sequence[Step]) -> list[TrialRun]:
+    """Every trial there was, oldest first; the last one may be going on."""
+    found: list[TrialRun] = []
+    for step in history:
+        if step.ends_trial and found and found[-1].until is None:
+            found[-1] = replace(found[-1], until=step.at)
+        if step.evidence.kind == "trial_begins":
+            figures = step.evidence.figures
+            begun = TrialRun(
+                id=str(figures["trial"]),
+                challenger=step.version,
+                champion=str(step.evidence.incumbent),
+                share=float(figures["share"]),
+                shadow=figures["scoring"] == "both",
+                release_id=str(figures["release_id"]),
+                since=step.at,
+                until=None,
+                step=step,
+            )
+            found.append(begun)
+    return found
 
 
 def in_production(history: Sequence[Step], on: date | datetime) -> list[Tenure]:

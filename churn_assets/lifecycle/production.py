@@ -21,6 +21,7 @@ from churn_assets.lifecycle.registry import (
     transition,
 )
 from churn_assets.lifecycle.release import fetch_release
+from churn_assets.lifecycle.trials import release_of_trial
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -91,11 +92,18 @@ def roll_back(
 
 
 def in_production_now(client: MlflowClient, name: str, releases: Path) -> ProductionRelease:
-    """The version in Production with its proven release. Raises UserError when there is none."""
+    """The version in Production with its proven release, and the version on trial beside it.
+
+    Raises UserError when there is none.
+    """
     registry = read_registry(client, name)
     if registry.production is None:
         raise UserError(f"nothing of {name} is in Production yet; approve a version in Staging")
-    release = fetch_release(client, registry.version(registry.production), releases, kept=True)
+    trial = registry.trial
+    if trial is not None:
+        release = release_of_trial(client, registry, trial, releases)
+    else:
+        release = fetch_release(client, registry.version(registry.production), releases, kept=True)
     return ProductionRelease(
         name=name,
         version=registry.production,
@@ -103,4 +111,6 @@ def in_production_now(client: MlflowClient, name: str, releases: Path) -> Produc
         release_id=release.manifest.release_id,
         way_back=last_known_good(registry.history),
         step=next(step for step in reversed(registry.history) if step.target == "Production"),
+        trial=trial.id if trial else None,
+        challenger=trial.challenger if trial else None,
     )

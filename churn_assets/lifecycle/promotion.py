@@ -31,11 +31,13 @@ class PromotionPolicy:
     mode: `manual` waits for a person's approval, `automatic` promotes what passes. bootstrap:
     whether the very first version, which there is nothing to compare with, goes to Production
     without a person. margin: by how much the log loss may be worse than the incumbent's on the
-    same rows, with 95 % confidence. min_rows: fewer rows are no evidence. Raises UserError for a
-    value that says nothing.
+    same rows, with 95 % confidence. min_rows: fewer rows are no evidence. evidence: the comparison
+    is a `replay` of both on held-out rows, or a `trial` on live requests, which has a policy of its
+    own. Raises UserError for a value that says nothing.
     """
 
     mode: Literal["manual", "automatic"] = "manual"
+    evidence: Literal["replay", "trial"] = "replay"
     bootstrap: bool = True
     margin: float = 0.005
     min_rows: int = 500
@@ -43,6 +45,8 @@ class PromotionPolicy:
     def __post_init__(self) -> None:
         if self.mode not in ("manual", "automatic"):
             raise UserError(f"promotion.mode is {self.mode!r}; set manual or automatic")
+        if self.evidence not in ("replay", "trial"):
+            raise UserError(f"promotion.evidence is {self.evidence!r}; set replay or trial")
         if not (math.isfinite(self.margin) and 0 <= self.margin <= 1):
             raise UserError(f"promotion.margin is {self.margin}; set a log loss from 0 to 1")
         if self.min_rows < 1:
@@ -204,6 +208,11 @@ def _compared(evidence: Evidence, policy: PromotionPolicy) -> str:
     if "log_loss_difference_at_most" not in evidence.figures:
         return f"{evidence.rows} rows are too few to compare it on"
     bound = evidence.figures["log_loss_difference_at_most"]
+    if evidence.kind == "trial":
+        return (
+            f"on trial beside version {evidence.incumbent}: {evidence.figures['verdict']}, its log "
+            f"loss at most {bound:+.4f} of that version's on {evidence.rows:,} outcomes"
+        )
     relation = "within" if evidence.passed else "not within"
     return (
         f"its log loss is at most {bound:+.4f} of version {evidence.incumbent}'s on "

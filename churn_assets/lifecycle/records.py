@@ -149,7 +149,8 @@ class HistoryRecord(msgspec.Struct, frozen=True):
 class ProductionRelease(msgspec.Struct, frozen=True):
     """The version in Production with its proven release, and the step that put it there.
 
-    way_back: the version a rollback would go to.
+    way_back: the version a rollback would go to. trial, challenger: the trial that is going on, and
+    the version on trial, which the release then has, too.
     """
 
     name: str
@@ -158,6 +159,8 @@ class ProductionRelease(msgspec.Struct, frozen=True):
     release_id: str
     way_back: str | None
     step: Step
+    trial: str | None = None
+    challenger: str | None = None
 
 
 class BentoRecord(msgspec.Struct, frozen=True):

@@ -24,14 +24,17 @@ import msgspec
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import (
+    CHALLENGER,
     COMPARISONS,
     Evidence,
     Move,
     RollbackPlan,
     Stage,
     Step,
+    TrialRun,
     known_good,
     last_known_good,
+    trials,
 )
 from churn_assets.lifecycle.lock import registry_lock
 
@@ -97,6 +100,12 @@ class Registry:
         """The version in Production."""
         return self.aliases.get("production")
 
+    @property
+    def trial(self) -> TrialRun | None:
+        """The trial that is going on."""
+        last = trials(self.history)[-1:]
+        return last[0] if last and last[0].until is None else None
+
     def version(self, number: str) -> Version:
         """The version called `number`. Raises UserError when there is none."""
         if number not in self.versions:
@@ -123,6 +132,14 @@ class Registry:
             found.append(f"the alias staging points to version {staged}, which is not in Staging")
         if not staged and self.in_stage("Staging"):
             found.append(f"versions {', '.join(self.in_stage('Staging'))} in Staging, and no alias")
+        on_trial = self.trial.challenger if self.trial else None
+        if (challenger := self.aliases.get(CHALLENGER)) != on_trial:
+            found.append(
+                f"the alias {CHALLENGER} points to {challenger or 'nothing'}, on trial is "
+                f"{on_trial or 'nothing'}"
+            )
+        if on_trial and on_trial not in self.in_stage("Staging"):
+            found.append(f"version {on_trial} is on trial, and not in Staging")
         if (known_good(self.history)[-1:] or [None]) != [self.production]:
             found.append(
                 f"the history says {(known_good(self.history) or ['nothing'])[-1]} is in "
@@ -217,16 +234,9 @@ def transition(
     that is not legal, for a guard rail that is not met, when another caller keeps the lock for
     more than `wait_s` seconds, and when the registry does not answer.
     """
-    with (
-        _answering(
-            f"version {version} of {name} was asked to go to {target}; "
-            "`churn history` shows whether it did"
-        ),
-        registry_lock(client, name, wait_s=wait_s) as check,
-    ):
-        _finish(client, name, check)
-        registry = read_registry(client, name)
-        step = plan_step(
+
+    def planned(registry: Registry) -> Step:
+        return plan_step(
             registry,
             version,
             target,
@@ -238,6 +248,30 @@ def transition(
             decision=decision,
             tags=tags or {},
         )
+
+    doing = f"version {version} of {name} was asked to go to {target}"
+    return take_step(client, name, planned, doing=doing, wait_s=wait_s)
+
+
+def take_step(
+    client: MlflowClient,
+    name: str,
+    planned: Callable[[Registry], Step],
+    *,
+    doing: str,
+    wait_s: float = LOCK_WAIT_S,
+) -> Step:
+    """Take the step that `planned` makes of the registry as it is then, and append it.
+
+    doing: what was asked, should the registry not answer. Raises UserError as `transition` does,
+    and what `planned` raises; then nothing has changed.
+    """
+    with (
+        _answering(f"{doing}; `churn history` shows whether it did"),
+        registry_lock(client, name, wait_s=wait_s) as check,
+    ):
+        _finish(client, name, check)
+        step = planned(read_registry(client, name))
         encoded = msgspec.json.encode(step).decode()
         if len(encoded) > TAG_LIMIT:
             raise UserError(
@@ -307,11 +341,7 @@ def plan_step(
             f"moving version {version} to {target} needs a name and a reason; give both"
         )
     _check_figures(evidence)
-    if faults := registry.faults():
-        raise UserError(
-            f"the registry of {registry.name} contradicts itself ({faults[0]}); someone changed it "
-            "by hand: set the tag stage and the aliases to what the history says"
-        )
+    check_agrees(registry)
     _GUARD_RAILS[target](registry, current, who.strip(), evidence, plan)
     at = max([now.astimezone(UTC), *(step.at for step in registry.history[-1:])])
     # Archived_at is part of the step, so that keeping begins with it.
@@ -337,6 +367,15 @@ def plan_step(
         plan=plan,
         decision=decision,
     )
+
+
+def check_agrees(registry: Registry) -> None:
+    """Raise UserError when the registry contradicts itself."""
+    if faults := registry.faults():
+        raise UserError(
+            f"the registry of {registry.name} contradicts itself ({faults[0]}); someone changed it "
+            "by hand: set the tag stage and the aliases to what the history says"
+        )
 
 
 def _check_legal(registry: Registry, current: Version, target: Stage) -> None:
@@ -478,10 +517,13 @@ def _aliases_after(
         others = [other for other in registry.in_stage("Staging") if other != version]
         if registry.aliases.get("staging") == version:
             changed["staging"] = others[0] if others else None
-        if registry.aliases.get("challenger") == version:
-            changed["challenger"] = None
+        if registry.aliases.get(CHALLENGER) == version:
+            changed[CHALLENGER] = None
     if target == "Production":
         changed["production"] = version
+        # A trial compares with the version that was there.
+        if CHALLENGER in registry.aliases:
+            changed[CHALLENGER] = None
     return changed
 
 
@@ -509,6 +551,8 @@ def _carry_out(client: MlflowClient, name: str, step: Step, check: Callable[[], 
         if move.target == "Deleted":
             check()
             _delete(client, name, move.version)
+            continue
+        if move.source == move.target:
             continue
         for key, value in {**move.tags, STAGE_TAG: move.target}.items():
             check()

@@ -18,9 +18,12 @@ from numpy.typing import ArrayLike
 
 from churn_assets.contract.features import features_named
 from churn_assets.contract.release import (
+    CHALLENGER_GOLDEN,
+    CHALLENGER_MODEL,
     GOLDEN,
     MANIFEST,
     MODEL,
+    Challenger,
     Golden,
     Manifest,
     ReferenceStatistics,
@@ -108,7 +111,7 @@ def build_release(
         risk=thresholds or RiskThresholds(),
         features=features_named(features),
         reference=dict(reference),
-        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        files={name: _sha256(content) for name, content in files.items()},
         mlflow_run=mlflow_run,
         dagster_run=dagster_run,
         data_hash=data_hash,
@@ -120,6 +123,63 @@ def build_release(
             f"got {', '.join(features)}"
         )
     manifest = msgspec.structs.replace(manifest, release_id=release_id_of(manifest))
+    return _write(releases, manifest, files)
+
+
+def build_trial_release(
+    releases: Path,
+    champion: Release,
+    challenger: Release,
+    *,
+    trial: str,
+    share: float,
+    shadow: bool,
+    created_at: datetime,
+) -> Release:
+    """Write the release of a trial: that of `champion` with the model of `challenger` beside it.
+
+    Customers go to the models by `trial` and `share`. Everything else, features and risk levels
+    too, is the champion's, so that a trial changes nothing but the score. As build_release in the
+    rest. Raises ReleaseError for a challenger that needs a feature the champion's requests do not
+    bring, or defines one differently.
+    """
+    theirs = {feature.name: feature for feature in champion.manifest.features}
+    for feature in challenger.manifest.features:
+        if feature.name not in theirs:
+            raise ReleaseError(
+                f"version {challenger.manifest.model_version} needs {feature.name}, which version "
+                f"{champion.manifest.model_version} does not take: requests do not bring it"
+            )
+        if msgspec.structs.replace(theirs[feature.name], meaning=feature.meaning) != feature:
+            raise ReleaseError(
+                f"versions {champion.manifest.model_version} and "
+                f"{challenger.manifest.model_version} define {feature.name} differently"
+            )
+    files = {
+        MODEL: champion.model,
+        GOLDEN: msgspec.json.encode(champion.golden),
+        CHALLENGER_MODEL: challenger.model,
+        CHALLENGER_GOLDEN: msgspec.json.encode(challenger.golden),
+    }
+    manifest = msgspec.structs.replace(
+        champion.manifest,
+        challenger=Challenger(
+            trial=trial,
+            model_version=challenger.manifest.model_version,
+            release_id=challenger.manifest.release_id,
+            share=share,
+            shadow=shadow,
+            features=challenger.manifest.feature_names,
+        ),
+        files={name: _sha256(content) for name, content in files.items()},
+        created_at=created_at,
+    )
+    manifest = msgspec.structs.replace(manifest, release_id=release_id_of(manifest))
+    return _write(releases, manifest, files)
+
+
+def _write(releases: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Release:
+    """Write a release, whole or not at all, unless an intact one is there; read it back."""
     directory = releases / manifest.release_id
     with contextlib.suppress(ReleaseError):
         return read_release(directory)

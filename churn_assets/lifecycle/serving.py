@@ -31,8 +31,9 @@ from churn_assets.contract.logged import (
     is_postgres,
 )
 from churn_assets.contract.online import is_redis
-from churn_assets.contract.release import read_release
-from churn_assets.contract.response import predict
+from churn_assets.contract.release import Release, read_release
+from churn_assets.contract.response import Prediction, predict
+from churn_assets.contract.trial import assignment
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
 from churn_assets.lifecycle.bento import BENTO_NAME, Bento, bento_of_tag, code_of
@@ -43,6 +44,8 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 10.0
 WARM_UP = 20
+# Among so many customers there is one in either arm of any trial that can be begun.
+EXAMPLES = 100_000
 POLL_S = 0.2
 
 # The kernel tells the service to stop when the process that started it is gone, killed or not.
@@ -359,40 +362,69 @@ def ask_bento(
 ) -> Proof:
     """Serve `bento` and ask it for a golden prediction of its own release, then about `customer`.
 
-    The proof is of the golden prediction; request, response and latency are those of `customer`
-    (a whole request body) when one is given. The latency is that of a warm service. Raises
-    UserError when it does not start or answer.
+    During a trial it is asked for one of each model. The proof is of the golden predictions;
+    request, response and latency are those of `customer` (a whole request body) when one is given.
+    The latency is that of a warm service. Raises UserError when it does not start or answer.
     """
     release = read_release(bento.path / "src" / "release")
-    manifest, row = release.manifest, release.golden.rows[0]
-    request: dict[str, str | int | float] = {"customer_id": "example"}
-    for feature, value in zip(manifest.features, row, strict=True):
-        request[feature.name] = int(value) if feature.dtype == "int" else value
-    expected = predict(
-        "example", release.golden.probabilities[0], manifest.model_version, manifest.risk
-    )
+    questions = _golden_questions(release)
     with serve(bento.tag, bentoml_home=bentoml_home) as url:
         for _ in range(WARM_UP):
-            answer = ask(url, request)
-        shown = ask(url, dict(customer)) if customer else answer
-    response = answer.json()
-    difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
-    # The last of the four digits may round the other way.
-    fits = answer.status == 200 and difference < 1.5e-4
-    fits = fits and response.get("model_version") == manifest.model_version
-    reason = (
-        f"answered {response['churn_probability']} as the model did"
-        if fits
-        else f"answered {answer.content[:200].decode(errors='replace')}, the model gave {expected}"
-    )
+            answers = [ask(url, request) for request, _ in questions]
+        shown = ask(url, dict(customer)) if customer else answers[0]
+    told = [
+        _as_the_model(answer, expected)
+        for answer, (_, expected) in zip(answers, questions, strict=True)
+    ]
+    request, _ = questions[0]
+    fits = all(as_expected for as_expected, _ in told)
+    reason = "; ".join(reason for as_expected, reason in told if as_expected or not fits)
     return Proof(
         as_expected=fits and shown.status == 200,
         reason=reason,
-        release_id=manifest.release_id,
+        release_id=release.manifest.release_id,
         request=dict(customer or request),
         response=shown.json(),
         latency_ms=round(shown.latency_ms, 3),
     )
+
+
+def _golden_questions(
+    release: Release,
+) -> list[tuple[dict[str, str | int | float], Prediction]]:
+    """A golden row of each model as a request of a customer it answers, with the answer."""
+    manifest, challenger = release.manifest, release.manifest.challenger
+    models = [("champion", manifest.model_version, manifest.feature_names, release.golden)]
+    if challenger is not None and release.challenger is not None:
+        golden = release.challenger.golden
+        models.append(("challenger", challenger.model_version, challenger.features, golden))
+    questions = []
+    for arm, version, names, golden in models:
+        given = dict(zip(names, golden.rows[0], strict=True))
+        customer_id = "example"
+        if challenger is not None:
+            arm_of = assignment(challenger.trial, challenger.share)
+            examples = (f"example-{number}" for number in range(EXAMPLES))
+            customer_id = next(example for example in examples if arm_of(example) == arm)
+        request: dict[str, str | int | float] = {"customer_id": customer_id}
+        for feature in manifest.features:
+            value = given.get(feature.name, feature.minimum)
+            request[feature.name] = int(value) if feature.dtype == "int" else value
+        answer = predict(customer_id, golden.probabilities[0], version, manifest.risk)
+        questions.append((request, answer))
+    return questions
+
+
+def _as_the_model(answer: Answer, expected: Prediction) -> tuple[bool, str]:
+    """Whether the service answered as the judged model did, and that in a sentence."""
+    response = answer.json()
+    difference = abs(response.get("churn_probability", math.inf) - expected.churn_probability)
+    # The last of the four digits may round the other way.
+    fits = answer.status == 200 and difference < 1.5e-4
+    if fits and response.get("model_version") == expected.model_version:
+        return True, f"answered {response['churn_probability']} as the model did"
+    said = answer.content[:200].decode(errors="replace")
+    return False, f"answered {said}, the model gave {expected}"
 
 
 def free_port() -> int:

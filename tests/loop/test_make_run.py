@@ -38,6 +38,7 @@ ASSETS = (
     "registry_history",
     "churn_bento",
     "drift_report",
+    "trial_report",
     "prediction_log",
 )
 GATES = (
@@ -64,6 +65,7 @@ CHECKS = {
     "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
+    "trial_report.no_harm",
     "prediction_log.keys_unique",
     "prediction_log.trimmed_what_is_there",
 }

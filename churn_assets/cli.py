@@ -115,11 +115,90 @@ def serve(port: int, workers: int | None) -> None:
 
     home, settings = Home.from_environment(), load_settings()
     policy = settings.serving
+    if policy.api_keys:
+        # The service reads it from its environment, which it has from here.
+        os.environ["CHURN_API_KEYS"] = str(home.api_keys)
     location = settings.online_store.url or str(home.online_store)
     online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
     kept = policy.prediction_log.location(home.prediction_log)
     log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
     serve_current(home, port, online, log, workers=workers or policy.workers)
+
+
+@cli.command()
+@click.argument("release", type=click.Path(path_type=Path), required=False)
+@click.option("--by-id/--features-only", default=True, help="With an online store, or without.")
+@click.option("--keys/--no-keys", default=False, help="For a service that asks for API keys.")
+def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
+    """Print the OpenAPI document of the service with RELEASE, a directory; default: what serves.
+
+    The service itself publishes the one that is true of it at GET /openapi.json.
+    """
+    import msgspec
+
+    from churn_assets.contract.openapi import openapi as describe
+    from churn_assets.contract.release import ReleaseError, read_release
+    from churn_assets.lifecycle.bento import bento_of_tag
+    from churn_assets.lifecycle.pointer import read_current
+
+    home = Home.from_environment()
+    if release is None:
+        current = read_current(home.current)
+        if current is None:
+            raise UserError("nothing is in Production yet: `make run` brings a first version there")
+        release = bento_of_tag(current.bento, home.bentoml).path / "src" / "release"
+    try:
+        manifest = read_release(release).manifest
+    except ReleaseError as error:
+        raise UserError(str(error)) from None
+    document = describe(manifest, by_id=by_id, keys=keys)
+    click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
+
+
+@cli.group()
+def keys() -> None:
+    """API keys of the service: the file CHURN_API_KEYS names, or the home's own."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option("--rate", type=float, help="Requests a second, of one worker. Default: any number.")
+@click.option("--days", type=click.IntRange(1), help="Valid for so long. Default: until revoked.")
+def add_key(name: str, rate: float | None, days: int | None) -> None:
+    """Make a key and print it, once: only its hash is kept."""
+    from churn_assets.lifecycle import keys as files
+
+    path = Home.from_environment().api_keys
+    kept, key = files.add_key(path, name, now=datetime.now(UTC), rate=rate, days=days)
+    click.echo(f"key {kept.id} of {kept.name} is in {path}; it is shown this once:", err=True)
+    click.echo(key)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List the keys, without the keys themselves."""
+    from churn_assets.lifecycle import keys as files
+
+    path = Home.from_environment().api_keys
+    found, now = files.list_keys(path), datetime.now(UTC)
+    for key in found:
+        until = f"until {key.expires_at:%Y-%m-%d}" if key.expires_at else "until revoked"
+        if key.expires_at and key.expires_at <= now:
+            until = f"expired {key.expires_at:%Y-%m-%d}"
+        rate = f"{key.rate:g}/s" if key.rate else "any rate"
+        click.echo(f"{key.id}  {key.name:20}  {key.created_at:%Y-%m-%d}  {until:18}  {rate}")
+    if not found:
+        click.echo(f"there are no keys in {path}; churn keys add NAME makes one")
+
+
+@keys.command("revoke")
+@click.argument("name")
+def revoke_key(name: str) -> None:
+    """Revoke the keys called NAME, or the one with this id; services know within a second."""
+    from churn_assets.lifecycle import keys as files
+
+    for key in files.revoke_keys(Home.from_environment().api_keys, name):
+        click.echo(f"key {key.id} of {key.name} is revoked")
 
 
 @cli.command("validate-data")

@@ -63,6 +63,12 @@ class Home:
         return self.root / "serving" / "current.json"
 
     @property
+    def api_keys(self) -> Path:
+        """Which API keys the service takes; CHURN_API_KEYS names another file."""
+        named = os.environ.get("CHURN_API_KEYS")
+        return Path(named).expanduser().resolve() if named else self.root / "serving" / "keys.json"
+
+    @property
     def prediction_log(self) -> Path:
         """What services answered and the lake has not yet, where the settings name no store."""
         return self.root / "serving" / "log"

@@ -124,12 +124,13 @@ class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many processes answer, and how old features of the online store may be for them.
 
     max_age_hours: in data time. when_stale: `refuse` answers 409, `flag` predicts from the last
-    values and says so.
+    values and says so. api_keys: whether a prediction needs a key of `churn keys add`.
     """
 
     workers: int = 1
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
+    api_keys: bool = False
     prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:

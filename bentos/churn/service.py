@@ -22,6 +22,8 @@ from pathlib import Path
 import bentoml
 
 from churn_assets.contract.release import ReleaseError, read_release
+from churn_service.access import access
+from churn_service.connections import allow_many_connections, head_seconds
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import choose_lane, service_options
 from churn_service.follower import Follower
@@ -29,6 +31,7 @@ from churn_service.online import online_store
 from churn_service.prediction_log import prediction_log
 from churn_service.restarts import restart_soon
 from churn_service.served import Served
+from churn_service.tracing import ignore_trace_headers
 from churn_service.traffic import Limits
 
 BAKED_RELEASE = Path(__file__).resolve().parent / "release"
@@ -88,6 +91,8 @@ class Churn:
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
             Follower.from_environment(os.environ)
+            access(os.environ)
+            head_seconds(os.environ)
             prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
@@ -102,6 +107,8 @@ class Churn:
             endpoint.start(follower.first(served) if follower else served)
         except ReleaseError as error:
             raise _refused_start(error) from None
+        ignore_trace_headers()
+        allow_many_connections()
         # uvicorn writes lines for its access log as long as anybody might listen to them.
         logging.getLogger("uvicorn.access").propagate = False
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,

@@ -92,6 +92,14 @@ def without_password(url: str) -> str:
     return f"{parts.scheme}://{name + '@' if name else ''}{host}{parts.path}"
 
 
+def one_line_without_password(error: Exception, url: str) -> str:
+    """What an error about the server at `url` says, as it may be shown."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for secret in (url, urlsplit(url).password):
+        text = text.replace(secret, "***") if secret else text
+    return text
+
+
 def hold(lock: Path) -> int | None:
     """Lock a file, made where it is missing; its descriptor, or None when another has it.
 

@@ -33,6 +33,10 @@ WHOLE_BODY = "body"
 WHOLE_ROW = "row"
 ROWS = "rows"
 
+# A character that is not white space, in words that Python, ECMAScript and Rust read alike: their
+# own \S differ by the separators of ASCII, NEL and the byte order mark.
+_NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+
 # Echoed in answers, so that a caller's 60 KB key does not come back as a 60 KB message.
 _MAX_ECHO = 80
 
@@ -70,7 +74,7 @@ _CUSTOMER_ID_TYPE = Annotated[
     msgspec.Meta(
         min_length=1,
         max_length=MAX_CUSTOMER_ID,
-        pattern=r"\S",
+        pattern=_NOT_BLANK,
         description="Identifier of the customer, returned as it came",
     ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,12 +13,15 @@ from churn_assets.contract.risk import RiskLevel, RiskThresholds
 
 PROBABILITY_DIGITS = 4
 
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The answer to `POST /predict`."""
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
 
@@ -30,10 +33,10 @@ class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
     """
 
     customer_id: str
-    churn_probability: float
+    churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
-    cutoff: datetime
+    cutoff: Moment
     stale: bool
 
 
@@ -45,8 +48,8 @@ class OnlineHealth(msgspec.Struct, frozen=True):
 
     reachable: bool
     usable: bool
-    newest_cutoff: datetime | None
-    data_time: datetime | None
+    newest_cutoff: Moment | None
+    data_time: Moment | None
     features: tuple[str, ...] | None
     max_age_hours: float
     when_stale: Literal["refuse", "flag"]
@@ -58,7 +61,14 @@ class RefusedRelease(msgspec.Struct, frozen=True):
 
     release_id: str | None
     reason: str
-    since: datetime
+    since: Moment
+
+
+class AccessHealth(msgspec.Struct, frozen=True):
+    """How many API keys are valid. `reason` says why a change of their file is not taken over."""
+
+    keys: int
+    reason: str | None
 
 
 class TrialHealth(msgspec.Struct, frozen=True):
@@ -109,8 +119,8 @@ class Health(msgspec.Struct, frozen=True):
     answered, each of which follows the pointer by itself. `bento` is the code that runs, whose
     baked release need not be the one served, and null where the service runs from its source.
     `release_refused` is what the pointer names instead of `release_id`, null where nothing is
-    followed or all is well; `online_store` is null where there is none, `trial` while no other
-    model is on trial.
+    followed or all is well. `online_store` is null where there is none, `api_keys` where none are
+    asked for, `trial` while no other model is on trial.
     """
 
     status: Literal["healthy", "degraded"]
@@ -119,10 +129,11 @@ class Health(msgspec.Struct, frozen=True):
     release_id: str
     bento: str | None
     features: tuple[str, ...]
-    started_at: datetime
+    started_at: Moment
     worker: int
     release_refused: RefusedRelease | None
     online_store: OnlineHealth | None
+    api_keys: AccessHealth | None
     lane: LaneHealth
     prediction_log: LogHealth
     trial: TrialHealth | None = None

@@ -30,6 +30,7 @@ SERVICE_REQUIREMENTS = (
     "msgspec",
     "numpy",
     "onnxruntime",
+    "psycopg[binary]",
     "redis",
     "uvloop",
 )
@@ -105,7 +106,10 @@ def pinned_requirements(names: Iterable[str]) -> list[str]:
 
     pins: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    waiting = [(canonicalize_name(name), "") for name in names]
+    wanted = [Requirement(name) for name in names]
+    waiting = [
+        (canonicalize_name(one.name), extra) for one in wanted for extra in ("", *one.extras)
+    ]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in seen:
@@ -119,7 +123,7 @@ def pinned_requirements(names: Iterable[str]) -> list[str]:
             needed = Requirement(line)
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                 other = canonicalize_name(needed.name)
-                waiting += [(other, "")] + [(other, wanted) for wanted in needed.extras]
+                waiting += [(other, extra) for extra in ("", *needed.extras)]
     return [f"{name}=={version}" for name, version in sorted(pins.items()) if name != "bentoml"]
 
 

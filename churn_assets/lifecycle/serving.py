@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from churn_assets.contract.keys import KEYS_VARIABLE
 from churn_assets.contract.logged import (
     DURABILITY_VARIABLE,
     LOG_VARIABLE,
@@ -188,8 +189,9 @@ def serve(
                 online,
                 port if port is not None else free_port(),
                 scratch=Path(own),
+                # Who asks here has no key of the service in production.
+                environment={KEYS_VARIABLE: ""} | dict(environment or {}),
                 log=log,
-                environment=environment,
                 sink=sink.fileno(),
                 said=said,
                 start_timeout=start_timeout,

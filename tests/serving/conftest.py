@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import warnings
 from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 from serving_cases import SERVICE, THREE, Model, release_of, train
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.contract.keys import KEYS_VARIABLE
 from churn_assets.contract.release import Release
 from churn_assets.lifecycle.serving import serve
 
@@ -43,8 +46,11 @@ def copy(release: Release, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def url(release: Release) -> Generator[str]:
-    """The service, run from its source."""
-    with serve(SERVICE, release.directory) as base_url:
+    """The service, run from its source; keys are those of another one, in production."""
+    with (
+        mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}),
+        serve(SERVICE, release.directory) as base_url,
+    ):
         yield base_url
 
 

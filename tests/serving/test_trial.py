@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from online_cases import STORED, Caller, content, write
+from log_cases import stored
+from online_cases import STORED, content, write
 from serving_cases import (
     SERVICE,
     THREE,
@@ -45,7 +47,7 @@ from churn_assets.contract.release import (
 from churn_assets.contract.trial import assignment, position
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.bento import build_bento
-from churn_assets.lifecycle.serving import ask, ask_bento, serve
+from churn_assets.lifecycle.serving import OnlineStore, PredictionLog, ask, ask_bento, serve
 
 IDS = [f"c-{number:05}" for number in range(20_000)]
 ARM_OF = assignment("trial-1", 0.3)
@@ -79,10 +81,25 @@ def without_shadow(
     return trial_of(release, challenger, tmp_path_factory.mktemp("releases"), shadow=False)
 
 
+@dataclass(frozen=True)
+class Served:
+    url: str
+    log: Path
+
+
 @pytest.fixture(scope="module")
-def url(trial: Release) -> Generator[str]:
-    with serve(SERVICE, trial.directory) as base_url:
-        yield base_url
+def served(trial: Release, tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    write(folder / "online.db", *content())
+    log = folder / "log"
+    log.mkdir()
+    with serve(
+        SERVICE,
+        trial.directory,
+        online=OnlineStore(str(folder / "online.db")),
+        log=PredictionLog(str(log)),
+    ) as url:
+        yield Served(url, log)
 
 
 def test_an_assignment_is_what_it_was() -> None:
@@ -424,47 +441,23 @@ def test_one_row_of_a_batch_may_fail_alone(service: ModuleType, trial: Release) 
     assert {s.arm for s in served.predict_rows(rows)} == {"champion"}
 
 
-class Kept:
-    """A log that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.rows: list[Any] = []
-
-    async def keep(self, predictions: Any) -> None:
-        self.rows.extend(predictions)
-
-
-def test_what_is_logged_says_who_answered(
-    service: ModuleType, trial: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "online.db", *content())
-    monkeypatch.setenv("CHURN_ONLINE_STORE", str(tmp_path / "online.db"))
-    endpoint = service.Endpoint()
-    endpoint.start(service.Served(trial))
-    endpoint._log = log = Kept()
-    call = Caller(endpoint)
-    ids = [CHAMPIONS[0], CHALLENGED[0], *STORED]
+def test_a_served_release_of_two_logs_who_answered(served: Served, trial: Release) -> None:
+    ids = [*CHAMPIONS[:10], *CHALLENGED[:10], *STORED]
     bodies = [VALID | {"customer_id": i} if i not in STORED else {"customer_id": i} for i in ids]
-    answers = [call("/predict", body)[1] for body in bodies]
-    answers += call("/predict_batch", {"rows": bodies})[1]["predictions"]
-    assert [row.customer_id for row in log.rows] == ids * 2
-    for row, answer in zip(log.rows, answers, strict=True):
+    answers = [ask(served.url, body).json() for body in bodies]
+    answers += ask(served.url, {"rows": bodies}, path="/predict_batch").json()["predictions"]
+    rows = stored(served.log)
+    assert [row.customer_id for row in rows] == ids * 2
+    for row, answer in zip(rows, answers, strict=True):
         assert row.release_id == trial.manifest.release_id
         assert row.arm == ARM_OF(row.customer_id)
-        assert row.model_version == answer["model_version"] == {"champion": "7"}.get(row.arm, "8")
+        assert answer["model_version"] == ("7" if row.arm == "champion" else "8")
+        assert row.model_version == answer["model_version"]
         assert row.probability == answer["churn_probability"]
-        score = row.champion if row.arm == "champion" else row.challenger
-        assert row.probability == round(score, 4)
         assert None not in (row.champion, row.challenger)
-
-
-def test_a_served_release_of_two(url: str, trial: Release) -> None:
-    versions = {
-        i: ask(url, VALID | {"customer_id": i}).json()["model_version"]
-        for i in CHAMPIONS[:10] + CHALLENGED[:10]
-    }
-    assert versions == {i: "7" if ARM_OF(i) == "champion" else "8" for i in versions}
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+        score = row.champion if row.arm == "champion" else row.challenger
+        assert row.probability == round(float(score or 0), 4)
+    with urllib.request.urlopen(f"{served.url}/health", timeout=10) as answer:
         health = json.load(answer)
     assert health["version"] == "7"
     assert health["release_id"] == trial.manifest.release_id
@@ -473,7 +466,7 @@ def test_a_served_release_of_two(url: str, trial: Release) -> None:
         "challenger": "8",
         "share": 0.3,
         "shadow": True,
-        "asked": 20,
+        "asked": len(rows),
         "failed": 0,
     }
 

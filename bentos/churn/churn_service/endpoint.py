@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from churn_assets.contract import openapi
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.lookup import Found
 from churn_assets.contract.online import to_microseconds
@@ -33,6 +34,7 @@ from churn_assets.contract.response import (
     refuse,
     refuse_row,
 )
+from churn_service.access import CHALLENGE, Access, Caller, access
 from churn_service.bodies import Message, Receive, Send, read_body
 from churn_service.fast_lane import PATHS
 from churn_service.follower import Follower
@@ -60,6 +62,7 @@ class Endpoint:
     served: Served
     metrics: Metrics
     started_at: datetime
+    access: Access | None
 
     def __init__(self, lane: LaneHealth, limits: Limits) -> None:
         self._lane, self._limits = lane, limits
@@ -67,10 +70,12 @@ class Endpoint:
         self.follower: Follower | None = None
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
+        self._described: tuple[Served | None, bytes] = (None, b"")
 
     def start(self, served: Served) -> None:
         """Serve `served` from now on, with the online store and the log the environment names."""
         served.online = online_store(served.manifest.features)
+        self.access = access(os.environ)
         self.metrics = Metrics(PATHS)
         self._traffic = Traffic(self._limits, self.metrics.in_progress.set)
         self._log = prediction_log(os.environ)
@@ -88,6 +93,8 @@ class Endpoint:
         else:
             served.online = online_store(served.manifest.features)
         self.served = served
+        # Else it would keep what is replaced.
+        self._described = (None, b"")
         self.metrics.serves(served.manifest, served.bento)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -108,6 +115,8 @@ class Endpoint:
             if path == "/predict":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                if self.access is not None:
+                    self.access.admit(scope["headers"])
                 traffic.read(task)
                 body = await read_body(scope, receive, MAX_BODY_BYTES)
                 traffic.admit(task)
@@ -125,10 +134,11 @@ class Endpoint:
             elif path == "/predict_batch":
                 if method != "POST":
                     raise WrongMethod(path, "POST")
+                caller = self.access.admit(scope["headers"]) if self.access else None
                 traffic.read(task)
                 body = await read_body(scope, receive, MAX_BATCH_BYTES)
                 traffic.admit(task)
-                answer = await self._predict_batch(self.served, body, request_id, arrived)
+                answer = await self._predict_batch(self.served, body, request_id, caller, arrived)
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
@@ -139,10 +149,15 @@ class Endpoint:
                     online=await served.online.health() if served.online else None,
                     log=await self._log.health(),
                     lane=self._lane,
+                    keys=self.access.health() if self.access else None,
                 )
                 answer = _encode(health)
+            elif path == openapi.PATH:
+                if method not in ("GET", "HEAD"):
+                    raise WrongMethod(path, "GET, HEAD")
+                answer = self._document(self.served)
             else:
-                known = "POST /predict, POST /predict_batch and GET /health"
+                known = f"POST /predict, POST /predict_batch, GET /health and GET {openapi.PATH}"
                 raise Refusal(404, "path", f"there are {known} here")
         except Refusal as refusal:
             status, answer, headers = _refused(refusal)
@@ -163,6 +178,15 @@ class Endpoint:
         headers.append((b"x-request-id", request_id.encode()))
         await _answer(send, status, answer, headers)
 
+    def _document(self, served: Served) -> bytes:
+        by_id = served.online is not None
+        made_of, document = self._described
+        if made_of is not served:
+            keys = self.access is not None
+            document = _encode(openapi.openapi(served.manifest, by_id=by_id, keys=keys))
+            self._described = (served, document)
+        return document
+
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
         """The answer to a request by id alone. Raises Refusal."""
         if served.online is None:
@@ -173,7 +197,12 @@ class Endpoint:
         return served.predict_stored(request.customer_id, found)
 
     async def _predict_batch(
-        self, served: Served, body: bytes, request_id: str, arrived: int
+        self,
+        served: Served,
+        body: bytes,
+        request_id: str,
+        caller: Caller | None,
+        arrived: int,
     ) -> bytes:
         """The encoded answer to a batch. Raises Refusal when none of its rows can be answered.
 
@@ -181,6 +210,8 @@ class Endpoint:
         """
         run = asyncio.get_running_loop().run_in_executor
         requests = await run(self._batches, served.decoder.decode_batch, body)
+        if caller is not None:
+            caller.spend_more(len(requests) - 1)
         ids = [r.customer_id for r in requests if isinstance(r, CustomerRequest)]
         found: list[Found | Refusal] = []
         if ids and served.online is None:
@@ -249,6 +280,8 @@ def _refused(refusal: Refusal) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
     headers = []
     if refusal.status in (408, 413):
         headers.append((b"connection", b"close"))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", CHALLENGE))
     if refusal.retry_after is not None:
         headers.append((b"retry-after", b"%d" % refusal.retry_after))
     if isinstance(refusal, WrongMethod):

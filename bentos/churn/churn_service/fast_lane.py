@@ -1,4 +1,4 @@
-"""The fast lane: `/predict`, `/predict_batch` and `/health` before BentoML's middleware.
+"""The fast lane: the service's own paths before BentoML's middleware.
 
 BentoML's metrics, tracing and timeout middleware take two thirds of the time of a prediction, and
 its mounts offer no way around them. It hands what `Service.to_asgi` returns to uvicorn; the service
@@ -14,18 +14,21 @@ and the same to the byte.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import bentoml
 
+from churn_assets.contract import openapi
 from churn_assets.contract.release import ReleaseError
 from churn_assets.contract.response import LaneHealth
 from churn_service.bodies import Message, Receive, Send
+from churn_service.connections import guard_connections
 
 FAST_LANE_VARIABLE = "CHURN_FAST_LANE"
-PATHS = frozenset({"/predict", "/predict_batch", "/health"})
+PATHS = frozenset({"/predict", "/predict_batch", "/health", openapi.PATH})
 
 # From the first version, which is tested, up to the second, which is not.
 HOLDS_FOR = ((1, 4, 39), (1, 5))
@@ -60,6 +63,7 @@ def service_options(lane: LaneHealth, endpoint: Application) -> dict[str, Any]:
         """A service whose application has the fast lane before BentoML's own."""
 
         def to_asgi(self, is_main: bool = True) -> Application:
+            guard_connections(os.environ)
             return FastLane(endpoint, super().to_asgi(is_main=is_main))
 
     return {"service_class": FastLaneService}

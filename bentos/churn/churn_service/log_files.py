@@ -22,6 +22,7 @@ from churn_assets.contract.logged import (
     FORMAT,
     LOCK_SUFFIX,
     Durability,
+    LoggedPrediction,
     decode_logged,
     hold,
 )
@@ -30,6 +31,11 @@ RETRY_SECONDS = 1.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INSERT = "INSERT INTO prediction VALUES (?, ?)"
 _OLDEST = "SELECT number, record FROM prediction ORDER BY number LIMIT 1"
+
+
+def moment_of(prediction: LoggedPrediction) -> datetime:
+    """When it was answered."""
+    return _EPOCH + timedelta(microseconds=prediction.at)
 
 
 class LogBroken(Exception):
@@ -121,8 +127,7 @@ class SqliteLog:
         if oldest is None:
             return Waiting(0, None)
         # Numbers have no gaps, and rows are removed from the oldest on.
-        answered = _EPOCH + timedelta(microseconds=decode_logged(oldest[1]).at)
-        return Waiting(self._next - oldest[0], answered)
+        return Waiting(self._next - oldest[0], moment_of(decode_logged(oldest[1])))
 
     def close(self) -> None:
         """See LogStore."""

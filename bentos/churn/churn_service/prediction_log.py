@@ -18,6 +18,7 @@ from churn_assets.contract.logged import (
     LoggedPrediction,
     WhenBroken,
     encode_logged,
+    is_postgres,
 )
 from churn_assets.contract.release import ReleaseError
 from churn_assets.contract.request import Refusal
@@ -219,11 +220,14 @@ def prediction_log(environment: Mapping[str, str]) -> PredictionLog:
     when_broken = _one_of(WhenBroken, environment, WHEN_BROKEN_VARIABLE)
     if location == OFF:
         return NotLogged()
+    if is_postgres(location):
+        return DurableLog(_postgres(location), when_broken, quick=False)
     if not Path(location).is_absolute():
         given = f"is {location!r}" if location else "is not set"
         raise ReleaseError(
             f"{LOG_VARIABLE} {given}, and no prediction is answered that is not kept; set it to a "
-            f"directory that outlives the service (an absolute path), or {OFF} to serve unlogged"
+            "directory that outlives the service (an absolute path), to a postgresql:// URL, or to "
+            f"{OFF} to serve unlogged"
         )
     try:
         store = SqliteLog(Path(location), durability)
@@ -233,6 +237,19 @@ def prediction_log(environment: Mapping[str, str]) -> PredictionLog:
             "the service may write"
         ) from None
     return DurableLog(store, when_broken, quick=durability == "process")
+
+
+def _postgres(url: str) -> LogStore:
+    try:
+        # Only where it is asked for: it takes a moment to import.
+        from churn_service.log_postgres import PostgresLog
+
+        return PostgresLog(url)
+    except ImportError as error:
+        raise ReleaseError(
+            f"{LOG_VARIABLE} names a Postgres server, and psycopg is not installed here ({error}); "
+            "install psycopg[binary]"
+        ) from None
 
 
 def _one_of(choices: Any, environment: Mapping[str, str], variable: str) -> Any:

@@ -16,6 +16,7 @@ from churn_assets.contract.lookup import Found
 from churn_assets.contract.release import MODEL, Release, ReleaseError, check_golden
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
+    AccessHealth,
     Health,
     LaneHealth,
     LogHealth,
@@ -178,6 +179,7 @@ class Served:
         online: OnlineHealth | None,
         log: LogHealth,
         lane: LaneHealth,
+        keys: AccessHealth | None,
     ) -> Health:
         """What is served here."""
         manifest = self.manifest
@@ -192,6 +194,7 @@ class Served:
             worker=os.getpid(),
             release_refused=refused,
             online_store=online,
+            api_keys=keys,
             lane=lane,
             prediction_log=log,
             trial=self.trial.health() if self.trial else None,

@@ -105,7 +105,10 @@ def up() -> None:
 
 @cli.command()
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
-def serve(port: int) -> None:
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Processes that answer. Default: as configured."
+)
+def serve(port: int, workers: int | None) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
     from churn_assets.lifecycle.deployment import announced
     from churn_assets.lifecycle.serving import (
@@ -128,7 +131,7 @@ def serve(port: int) -> None:
     log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
     check_port(port)
     with announced(home, f"http://{HOST}:{port}"):
-        serve_current(home, port, online, log)
+        serve_current(home, port, online, log, workers=workers or policy.workers)
 
 
 @cli.command()

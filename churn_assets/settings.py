@@ -122,18 +122,21 @@ class PredictionLogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 
 class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How old features may be that a service takes from the online store, in hours of data time.
+    """How many processes answer, and how old features of the online store may be for them.
 
-    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so. api_keys:
-    whether a prediction needs a key of `churn keys add`.
+    max_age_hours: in data time. when_stale: `refuse` answers 409, `flag` predicts from the last
+    values and says so. api_keys: whether a prediction needs a key of `churn keys add`.
     """
 
+    workers: int = 1
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
     api_keys: bool = False
     prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 256:
+            raise ValueError(f"serving.workers is {self.workers}; give 1 to 256 processes")
         if not 0 < self.max_age_hours <= 876_000:
             raise ValueError(f"serving.max_age_hours is {self.max_age_hours}; give hours above 0")
 

@@ -92,6 +92,11 @@ def bento_of_tag(tag: str, bentoml_home: Path) -> Bento:
     return bento
 
 
+def code_of(tag: str) -> str:
+    """The digest in a bento's tag: bentos that share it differ in their release alone."""
+    return tag.rpartition("-")[2]
+
+
 def pinned_requirements(names: Iterable[str]) -> list[str]:
     """`names` and all they need, pinned to what is installed here, in alphabetical order.
 

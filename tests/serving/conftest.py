@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -47,10 +48,9 @@ def copy(release: Release, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def url(release: Release) -> Generator[str]:
     """The service, run from its source; keys are those of another one, in production."""
-    with (
-        mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}),
-        serve(SERVICE, release.directory) as base_url,
-    ):
+    with contextlib.ExitStack() as stack:
+        with mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}):
+            base_url = stack.enter_context(serve(SERVICE, release.directory))
         yield base_url
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import bentoml
 import psutil
 import pytest
+from bad_requests import bad_requests, send_refused
 from prometheus_client.parser import text_string_to_metric_families
 from serving_cases import BAD_BODIES, PATIENCE_S, SERVICE, VALID, Model, release_of
 
@@ -108,6 +109,10 @@ def test_both_lanes_answer_the_same_bytes(url: str, slow_url: str) -> None:
         statuses[one[0]] += 1
     assert statuses[200] >= 7
     assert {400, 404, 405, 413, 415, 422} <= set(statuses)
+
+
+def test_bad_requests_are_refused_without_the_fast_lane_too(slow_url: str) -> None:
+    assert len(send_refused(slow_url, bad_requests(500, seed=6))) == 500
 
 
 def test_each_lane_says_which_it_is(url: str, slow_url: str) -> None:

@@ -121,7 +121,7 @@ def test_each_lane_says_which_it_is(url: str, slow_url: str) -> None:
     fast, slow = (json.loads(send(base, b"", "GET", "/health")[2]) for base in (url, slow_url))
     assert fast.pop("lane") == {"fast": True, "reason": None}
     assert slow.pop("lane") == {"fast": False, "reason": "CHURN_FAST_LANE is off"}
-    for own in ("started_at", "prediction_log"):
+    for own in ("started_at", "worker", "prediction_log"):
         assert fast.pop(own) != slow.pop(own)
     assert fast == slow
 

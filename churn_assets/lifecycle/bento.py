@@ -30,6 +30,7 @@ SERVICE_REQUIREMENTS = (
     "msgspec",
     "numpy",
     "onnxruntime",
+    "prometheus-client",
     "psycopg[binary]",
     "redis",
     "uvloop",

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import engines, features, model, online, validation
+from tests.bench import engines, features, model, online, serving, validation
 from tests.bench.measuring import Figures, store
 
 BENCHES = {
@@ -15,6 +15,7 @@ BENCHES = {
     "engines": engines.run,
     "validation": validation.run,
     "model": model.run,
+    "serving": serving.run,
 }
 
 

@@ -23,10 +23,14 @@ import psutil
 
 Figures = dict[str, Any]
 _PACKAGES = (
+    "bentoml",
     "duckdb",
+    "fastapi",
     "feast",
     "ibis-framework",
+    "mlflow",
     "numpy",
+    "onnxruntime",
     "pandas",
     "optuna",
     "pandera",
@@ -34,6 +38,8 @@ _PACKAGES = (
     "pyspark",
     "redis",
     "scikit-learn",
+    "uvicorn",
+    "uvloop",
 )
 
 

@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pytest
 
 from churn_assets.contract.features import FEATURES
 from churn_assets.data.lake import Lake
 from churn_assets.data.windows import days_between
+from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
 from churn_assets.simulator.shop import Shop
 from tests.bench import __main__ as command
-from tests.bench import engines, events, features, model, online, validation
+from tests.bench import engines, events, features, model, online, serving, validation
 from tests.bench.events import FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY, Size
 
 
@@ -125,6 +129,47 @@ def test_the_reference_has_the_five_features_and_fifty_more(tmp_path: Path) -> N
         assert (rich[theirs].fillna(0) == plain[ours]).all(), ours
     assert np.allclose(rich["mean_amount"] / 100, plain["avg_order_value"])
     assert np.allclose(rich["login_frequency"].fillna(0), plain["login_frequency_7d"])
+
+
+def fit_quickly(*data: Any, seed: int, policy: TrainingPolicy) -> TrainedModel:
+    quick = replace(policy, families=("hist_gradient_boosting",), trials=1, folds=1)
+    return fit(*data, seed=seed, policy=quick)
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="there is no wrk; install it")
+def test_servers_with_the_same_model_are_measured_on_the_same_customers(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(serving, "fit", fit_quickly)
+    # That the peers answer as ours do is looked at before anything is measured.
+    lines = serving.run(
+        tmp_path, 300, 250, rounds=1, seconds=1, connections=(2,), peers=("seed", "bare")
+    )
+    assert [(line["case"], line["metric"], line["peer"]) for line in lines] == [
+        *(("serving/c2", metric, peer) for metric in serving.METRICS for peer in ("seed", "bare")),
+        *(("serving/c2-forest", metric, "seed") for metric in serving.METRICS),
+    ]
+    for line in lines:
+        assert min(line["ours"], line["theirs"]) > 0
+        assert line["ratio"] == pytest.approx(line["ours"] / line["theirs"], abs=1e-3)
+    ours = {line["metric"]: line["ours"] for line in lines if line["case"] == "serving/c2"}
+    assert ours["p50_ms"] <= ours["p95_ms"] <= ours["p99_ms"]
+
+
+def test_servers_that_answer_otherwise_are_not_compared(monkeypatch) -> None:
+    answers = {"ours": 0.25, "ours-forest": 0.5, "seed": 0.5, "bare": 0.25}
+    monkeypatch.setattr(serving.Server, "probability", lambda self, customer: answers[self.url])
+    servers = {name: serving.Server(name, psutil.Process()) for name in answers}
+    serving.require_same_answers(servers, [{}])
+    answers["seed"] = 0.5002
+    with pytest.raises(RuntimeError, match="seed and ours-forest differ"):
+        serving.require_same_answers(servers, [{}])
+
+
+def test_without_wrk_it_says_what_to_install(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(serving.shutil, "which", lambda name: None)
+    assert serving.run(tmp_path) == []
+    assert "apt-get install wrk" in capsys.readouterr().out
 
 
 def test_a_bench_that_is_not_there(capsys) -> None:

@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ from serving_cases import BAD_BODIES, PATIENCE_S, SERVICE, VALID, Model, release
 
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.release import Release, ReleaseError, read_release
-from churn_assets.contract.response import LaneHealth
+from churn_assets.contract.response import LaneHealth, LogHealth
 from churn_assets.lifecycle.serving import serve
 from churn_service.bodies import Message
 from churn_service.endpoint import Endpoint
@@ -114,7 +116,7 @@ def test_each_lane_says_which_it_is(url: str, slow_url: str) -> None:
     fast, slow = (json.loads(send(base, b"", "GET", "/health")[2]) for base in (url, slow_url))
     assert fast.pop("lane") == {"fast": True, "reason": None}
     assert slow.pop("lane") == {"fast": False, "reason": "CHURN_FAST_LANE is off"}
-    for own in ("started_at", "prediction_log"):
+    for own in ("started_at", "worker", "prediction_log"):
         assert fast.pop(own) != slow.pop(own)
     assert fast == slow
 
@@ -178,6 +180,29 @@ def test_metrics_count_exactly_what_was_sent(
     assert after["churn_release_info", "", "7", release.manifest.release_id] == 1
     assert after["churn_requests_in_progress",] == 0
     assert after["churn_unlogged_predictions_total",] == 0
+
+
+def test_metrics_tell_of_the_prediction_log(url: str) -> None:
+    send(url, GOOD)
+    health = json.loads(send(url, b"", "GET", "/health")[2])
+    for _ in range(PATIENCE_S * 10):
+        shown = counted(url)
+        if shown["churn_prediction_log_rows_waiting",] == health["prediction_log"]["rows_waiting"]:
+            break
+        time.sleep(0.1)
+    assert shown["churn_prediction_log_rows_waiting",] > 0
+    assert shown["churn_prediction_log_rows_waiting",] == health["prediction_log"]["rows_waiting"]
+    oldest = datetime.fromisoformat(health["prediction_log"]["oldest_waiting"])
+    age = (datetime.now(UTC) - oldest).total_seconds()
+    assert shown["churn_prediction_log_lag_seconds",] == pytest.approx(age, abs=PATIENCE_S)
+    assert shown["churn_prediction_log_usable",] == 1
+
+
+def test_unlogged_predictions_are_counted_once() -> None:
+    metrics = Metrics(PATHS)
+    for unlogged in (3, 3, 5):
+        metrics.log(LogHealth(store="off", usable=False, unlogged=unlogged))
+    assert next(iter(metrics._unlogged.collect())).samples[0].value == 5
 
 
 async def speak(

@@ -113,6 +113,7 @@ def kept(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Kept]]:
     monkeypatch.setattr(log_files, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(log_files, "LOOK_SECONDS", 0)
     made: list[Kept] = []
 
     def make(when_broken: str = "refuse", directory: Path | None = None) -> Kept:
@@ -258,7 +259,7 @@ def test_who_holds_the_file_for_long_is_a_broken_log(
 
 
 class Slow(LogStore):
-    """A store that answers when it is let."""
+    """A store that takes its time."""
 
     place, durability = "slow", "power"
 
@@ -294,6 +295,30 @@ def test_what_arrives_during_a_commit_is_in_the_next_one():
     asyncio.run(together())
     log.close()
     assert [len(group) for group in store.groups] == [3, 8]
+
+
+def test_requests_of_one_turn_of_the_loop_share_a_commit():
+    store = Slow()
+    log = DurableLog(store, "refuse", quick=True)
+
+    async def ask(at_once: int, times: int) -> list[int]:
+        """The sizes of the commits."""
+        store.groups.clear()
+        for _ in range(times):
+            await asyncio.gather(*(log.keep([answered("x")]) for _ in range(at_once)))
+        return [len(group) for group in store.groups]
+
+    async def both() -> None:
+        assert await ask(4, 20) == [4] * 20
+        one_by_one = await ask(1, 300)
+        assert one_by_one == [1] * 300
+        # It has turned to commits of one each, and finds out when that is no longer so.
+        sizes = await ask(4, 200)
+        assert sum(sizes) == 800
+        assert sizes[0] == 1
+        assert sizes[-50:] == [4] * 50
+
+    asyncio.run(both())
 
 
 def test_a_store_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch):

@@ -49,6 +49,9 @@ NO_ONLINE_STORE = f"this service has no online store ({ONLINE_VARIABLE}) to take
 NOT_STARTED = Refusal(503, "server", "is starting: try again", retry_after=1)
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
+# How old the figures of the prediction log in /metrics may be.
+LOG_SECONDS = 1.0
+
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
 
@@ -70,6 +73,7 @@ class Endpoint:
         self.follower: Follower | None = None
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
+        self._looks_at_log: asyncio.Task[None] | None = None
         self._described: tuple[Served | None, bytes] = (None, b"")
 
     def start(self, served: Served) -> None:
@@ -77,7 +81,7 @@ class Endpoint:
         served.online = online_store(served.manifest.features)
         self.access = access(os.environ)
         self.metrics = Metrics(PATHS)
-        self._traffic = Traffic(self._limits, self.metrics.in_progress.set)
+        self._traffic = Traffic(self._limits, self._show)
         self._log = prediction_log(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
         self.metrics.serves(served.manifest, served.bento)
@@ -96,6 +100,19 @@ class Endpoint:
         # Else it would keep what is replaced.
         self._described = (None, b"")
         self.metrics.serves(served.manifest, served.bento)
+
+    def _show(self, in_progress: int) -> None:
+        """Bring the metrics that are no counts up to date."""
+        self.metrics.in_progress.set(in_progress)
+        if self._looks_at_log is None or self._looks_at_log.done():
+            self._looks_at_log = asyncio.create_task(self._show_log())
+
+    async def _show_log(self) -> None:
+        try:
+            self.metrics.log(await self._log.health())
+        except Exception:
+            logger.exception("the prediction log cannot be looked at")
+        await asyncio.sleep(LOG_SECONDS)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; nothing but JSON leaves here."""

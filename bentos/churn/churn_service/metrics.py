@@ -10,12 +10,14 @@ import contextlib
 import os
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import mark_process_dead
 
 from churn_assets.contract.release import Manifest
+from churn_assets.contract.response import LogHealth
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 PROBABILITIES = tuple(step / 20 for step in range(1, 21))
@@ -71,17 +73,30 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self.unlogged = Counter(
-            "churn_unlogged_predictions",
-            "Predictions answered without being logged",
+        self._usable = Gauge(
+            "churn_prediction_log_usable",
+            "Whether the prediction log can be written",
+            multiprocess_mode="livemin",
             registry=registry,
         )
-        self.log_lag_seconds = Gauge(
+        self._waiting = Gauge(
+            "churn_prediction_log_rows_waiting",
+            "Logged predictions that are not ingested",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._lag_seconds = Gauge(
             "churn_prediction_log_lag_seconds",
             "Age of the oldest logged prediction that is not ingested",
             multiprocess_mode="livemax",
             registry=registry,
         )
+        self._unlogged = Counter(
+            "churn_unlogged_predictions",
+            "Predictions answered without being logged",
+            registry=registry,
+        )
+        self._unlogged_seen = 0
 
     def request(self, path: str, status: int, nanoseconds: int) -> None:
         """Count an answered request that took so long."""
@@ -106,6 +121,18 @@ class Metrics:
             observe = self._probabilities.labels(model_version).observe
             self._observe_probability[model_version] = observe
         observe(probability)
+
+    def log(self, health: LogHealth) -> None:
+        """The prediction log of this worker is like this now."""
+        self._usable.set(health.usable)
+        self._unlogged.inc(health.unlogged - self._unlogged_seen)
+        self._unlogged_seen = health.unlogged
+        if health.rows_waiting is not None:
+            self._waiting.set(health.rows_waiting)
+            oldest = health.oldest_waiting
+            lag = (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0
+            # Clocks jump.
+            self._lag_seconds.set(max(lag, 0.0))
 
     def serves(self, manifest: Manifest, bento: str | None) -> None:
         """From now on this worker serves the release."""

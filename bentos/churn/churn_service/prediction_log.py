@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeAlias, get_args
 
 from churn_assets.contract.logged import (
     DURABILITY_VARIABLE,
@@ -29,6 +29,11 @@ from churn_service.log_files import LogBroken, LogBusy, LogStore, SqliteLog, Wai
 COMMIT_SECONDS = 2.0
 _BUSY_SECONDS = 0.001
 _RETRY_AFTER = 1
+# So many commits of one request each, and requests come one by one; now and then looked at again.
+_LONELY = 8
+_LOOK_EVERY = 256
+
+_Group: TypeAlias = list[tuple[list[bytes], asyncio.Future[None]]]
 
 
 class PredictionLog(Protocol):
@@ -66,16 +71,17 @@ class NotLogged:
 class DurableLog:
     """Every prediction is in `store` when `keep` returns; when_broken says what if it cannot be.
 
-    A store that is `quick` is written where the request is: a commit costs less than waking
-    whoever waits for one. Others are written on a thread, and whatever arrives while a commit is
-    under way goes into the next one.
+    A store that is `quick` is written from the event loop, others on a thread. Predictions made in
+    the same turn of the loop, or while a commit is under way, share the next commit. Where they
+    come one by one a quick store is written at once: that costs less than waking who waits.
     """
 
     def __init__(self, store: LogStore, when_broken: WhenBroken, *, quick: bool):
         self._store, self._when_broken = store, when_broken
         self._thread = None if quick else ThreadPoolExecutor(1, "prediction-log")
-        self._arrived: list[tuple[list[bytes], asyncio.Future[None]]] = []
+        self._arrived: _Group = []
         self._committing_since: float | None = None
+        self._alone = 0
         self._unlogged = 0
 
     async def keep(self, predictions: Sequence[LoggedPrediction]) -> None:
@@ -84,13 +90,16 @@ class DurableLog:
             return
         records = [encode_logged(prediction) for prediction in predictions]
         try:
-            if self._thread is None:
+            if self._thread is not None:
+                await self._write_with_others(records)
+            elif self._alone % _LOOK_EVERY < _LONELY:
+                await self._write_in_this_turn(records)
+            else:
+                self._alone += 1
                 try:
                     self._store.write(records)
                 except LogBusy:
                     await self._write_when_free(records)
-            else:
-                await self._write_with_others(records)
         except LogBroken:
             if self._when_broken == "refuse":
                 raise Refusal(
@@ -124,6 +133,28 @@ class DurableLog:
         if self._thread is not None:
             self._thread.shutdown()
         self._store.close()
+
+    async def _write_in_this_turn(self, records: list[bytes]) -> None:
+        """Commit with what others bring before the event loop has come to its end."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._arrived.append((records, done))
+        if len(self._arrived) == 1:
+            loop.call_soon(self._commit_this_turn)
+        try:
+            await done
+        except LogBusy:
+            await self._write_when_free(records)
+
+    def _commit_this_turn(self) -> None:
+        group, self._arrived = self._arrived, []
+        self._alone = self._alone + 1 if len(group) == 1 else 0
+        error: Exception | None = None
+        try:
+            self._store.write([record for part, _ in group for record in part])
+        except Exception as raised:
+            error = raised
+        _settle(group, error)
 
     async def _write_when_free(self, records: list[bytes]) -> None:
         """Try again until nobody else is writing, without keeping the event loop."""
@@ -177,18 +208,10 @@ class DurableLog:
 
     def _committed(
         self,
-        group: list[tuple[list[bytes], asyncio.Future[None]]],
+        group: _Group,
         written: asyncio.Future[None],
     ) -> None:
-        error = written.exception()
-        for _, done in group:
-            # One that gave up waiting is done already.
-            if done.done():
-                continue
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(LogBroken(str(error)))
+        _settle(group, written.exception())
         if self._arrived:
             self._commit()
         else:
@@ -203,6 +226,21 @@ class DurableLog:
                 return await asked
         except TimeoutError:
             raise _slow() from None
+
+
+def _settle(group: _Group, error: BaseException | None) -> None:
+    """Tell all who wait for a commit how it ended."""
+    for _, done in group:
+        # One that gave up waiting is done already.
+        if done.done():
+            continue
+        if error is None:
+            done.set_result(None)
+        elif isinstance(error, LogBusy | LogBroken):
+            # Each its own, as an exception keeps the way it went.
+            done.set_exception(type(error)(str(error)))
+        else:
+            done.set_exception(error)
 
 
 def _held() -> LogBroken:

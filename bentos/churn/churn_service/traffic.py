@@ -60,10 +60,9 @@ class Traffic:
     """
 
     def __init__(self, limits: Limits, show: Callable[[int], object]):
-        """`show` is told now and then how many requests are being answered."""
+        """`show` is told every LOOK_SECONDS how many requests are being answered."""
         self._limits = limits
         self._show = show
-        self._shown = 0
         self._every = min(LOOK_SECONDS, limits.timeout / 4)
         # In the order they came, so the first is the oldest.
         self._reading: dict[asyncio.Task[Any], float] = {}
@@ -107,9 +106,7 @@ class Traffic:
         seconds = self._limits.timeout
         late = Refusal(504, "server", f"could not answer within {seconds:g} s")
         self._give_up(self._answering, now - seconds, late)
-        if self._shown != len(self._answering):
-            self._shown = len(self._answering)
-            self._show(self._shown)
+        self._show(len(self._answering))
         self._looks = asyncio.get_running_loop().call_later(self._every, self._look)
 
     def _give_up(self, tasks: dict[asyncio.Task[Any], float], before: float, why: Refusal) -> None:

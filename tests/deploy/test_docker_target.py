@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engine_cases import docker
+from engine_cases import docker, quiet_port
 from serving_cases import VALID, Model, release_of
 
 from churn_assets.errors import UserError
@@ -18,7 +18,7 @@ from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.bento import Bento, build_bento
 from churn_assets.lifecycle.container import Image, build_image
 from churn_assets.lifecycle.docker import containers, deploy_container
-from churn_assets.lifecycle.serving import ask, ask_health, free_port
+from churn_assets.lifecycle.serving import ask, ask_health
 from churn_assets.lifecycle.targets import DockerSettings, ImageSettings
 
 pytestmark = pytest.mark.image
@@ -45,7 +45,7 @@ def next_image(next_bento: Bento, image: Image, image_settings: ImageSettings) -
 @pytest.fixture
 def settings(name: str, network: str | None) -> DockerSettings:
     volumes = (f"{name}:/data",)
-    return DockerSettings(name=name, port=free_port(), network=network, volumes=volumes)
+    return DockerSettings(name=name, port=quiet_port(), network=network, volumes=volumes)
 
 
 def served_at(url: str) -> str | None:

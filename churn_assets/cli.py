@@ -137,8 +137,8 @@ def serve(port: int, workers: int | None) -> None:
 @cli.command()
 @click.argument("release", type=click.Path(path_type=Path), required=False)
 @click.option("--by-id/--features-only", default=True, help="With an online store, or without.")
-@click.option("--keys/--no-keys", default=False, help="For a service that asks for API keys.")
-def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
+@click.option("--keys/--no-keys", default=None, help="With API keys, or without. Default: as set.")
+def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
     """Print the OpenAPI document of the service with RELEASE, a directory; default: what serves.
 
     The service itself publishes the one that is true of it at GET /openapi.json.
@@ -149,8 +149,11 @@ def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
     from churn_assets.contract.release import ReleaseError, read_release
     from churn_assets.lifecycle.bento import bento_of_tag
     from churn_assets.lifecycle.pointer import read_current
+    from churn_assets.settings import load_settings
 
     home = Home.from_environment()
+    if keys is None:
+        keys = load_settings().serving.api_keys
     if release is None:
         current = read_current(home.current)
         if current is None:

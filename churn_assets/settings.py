@@ -36,6 +36,7 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.targets import DeploymentSettings
 from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
@@ -174,6 +175,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promotion: PromotionPolicy = PromotionPolicy()
     trial: TrialPolicy = TrialPolicy()
     registry: RetentionPolicy = RetentionPolicy()
+    deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
 
@@ -276,6 +278,8 @@ def load_settings(path: str | Path | None = None) -> Settings:
         return fill_variables(value, os.environ, key) if isinstance(value, str) else value
 
     online, feast, spark = settings.online_store, settings.feast, settings.spark
+    deployment = settings.deployment
+    docker, kubernetes = deployment.docker, deployment.kubernetes
     log, key = settings.serving.prediction_log, "serving.prediction_log.store"
     # YAML's off is false.
     store = place(key, log.store) if isinstance(log.store, str) and log.store != OFF else log.store
@@ -292,6 +296,20 @@ def load_settings(path: str | Path | None = None) -> Settings:
         ),
         online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
         feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
+        deployment=msgspec.structs.replace(
+            deployment,
+            docker=msgspec.structs.replace(
+                docker,
+                environment={
+                    name: filled(f"deployment.docker.environment.{name}", value)
+                    for name, value in docker.environment.items()
+                },
+            ),
+            kubernetes=msgspec.structs.replace(
+                kubernetes,
+                manifests=place("deployment.kubernetes.manifests", kubernetes.manifests),
+            ),
+        ),
         serving=msgspec.structs.replace(settings.serving, prediction_log=log),
     )
     if settings.engine == "spark" and settings.lake and "://" in settings.lake:

@@ -33,7 +33,7 @@ training = dg.define_asset_job(
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
 # What brings a version into service; everything but the decision.
-_INTO_SERVICE = ("production_release", "churn_bento", "registry_history")
+_INTO_SERVICE = ("production_release", "churn_bento", "deployment", "registry_history")
 _ONE_PROMOTION = {"churn/exclusive": "promotion"}
 # A person waits for these.
 _URGENT = {"dagster/priority": "10"}
@@ -43,7 +43,7 @@ promotion = dg.define_asset_job(
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
     tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
-    description="Carry out the latest decision, and package what is in Production for serving.",
+    description="Carry out the latest decision, package what is in Production and deploy it.",
 )
 approve_promotion = dg.define_asset_job(
     "approve_promotion",

@@ -183,7 +183,7 @@ def production_release(
     client, name, releases = project.mlflow_client(), SETTINGS.model_name, project.home.releases
     finish_pending(client, name)
     if config.who is not None:
-        _change(client, config, releases, project.now())
+        change_what_serves(client, config, releases, project.now())
     else:
         found = read_record(project.home.records, "promotion_decision", context.run_id)
         decision = msgspec.json.decode(found, type=PromotionDecision)
@@ -204,7 +204,10 @@ def production_release(
     )
 
 
-def _change(client: "MlflowClient", config: Change, releases: Path, now: datetime) -> None:
+def change_what_serves(
+    client: "MlflowClient", config: Change, releases: Path, now: datetime
+) -> None:
+    """Carry out a person's word, or the end of a trial by the policy. Raises UserError."""
     name, by_policy = SETTINGS.model_name, config.who == POLICY
     if config.what == "stop_trial":
         # The one thing a policy may do alone: it takes nothing from what is in Production.

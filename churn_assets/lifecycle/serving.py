@@ -308,6 +308,20 @@ def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:
         connection.close()
 
 
+def ask_health(base_url: str) -> dict[str, Any] | None:
+    """What `GET /health` answers; None when nobody does, or not as the churn service."""
+    connection = _connect(base_url)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        told = msgspec.json.decode(response.read()) if response.status == 200 else None
+    except (OSError, http.client.HTTPException, msgspec.DecodeError):
+        return None
+    finally:
+        connection.close()
+    return told if isinstance(told, dict) else None
+
+
 def measure_latency(
     base_url: str, bodies: Sequence[bytes | dict], *, warmup: int = 50, requests: int = 500
 ) -> Latency:
@@ -379,8 +393,7 @@ def ask_bento(
         for answer, (_, expected) in zip(answers, questions, strict=True)
     ]
     request, _ = questions[0]
-    fits = all(as_expected for as_expected, _ in told)
-    reason = "; ".join(reason for as_expected, reason in told if as_expected or not fits)
+    fits, reason = _together(told)
     return Proof(
         as_expected=fits and shown.status == 200,
         reason=reason,
@@ -389,6 +402,24 @@ def ask_bento(
         response=shown.json(),
         latency_ms=round(shown.latency_ms, 3),
     )
+
+
+def ask_golden(base_url: str, release: Release) -> tuple[bool, str]:
+    """Whether a service answers as the models of `release` did, and that in a sentence.
+
+    Raises UserError when nobody answers.
+    """
+    return _together(
+        [
+            _as_the_model(ask(base_url, request), expected)
+            for request, expected in _golden_questions(release)
+        ]
+    )
+
+
+def _together(told: Sequence[tuple[bool, str]]) -> tuple[bool, str]:
+    fits = all(as_expected for as_expected, _ in told)
+    return fits, "; ".join(reason for as_expected, reason in told if as_expected or not fits)
 
 
 def _golden_questions(

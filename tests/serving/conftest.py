@@ -48,10 +48,9 @@ def copy(release: Release, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def url(release: Release) -> Generator[str]:
     """The service, run from its source; keys are those of another one, in production."""
-    with ExitStack() as running:
-        # While it starts alone: services in this process read the same environment.
+    with ExitStack() as stack:
         with mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}):
-            base_url = running.enter_context(serve(SERVICE, release.directory))
+            base_url = stack.enter_context(serve(SERVICE, release.directory))
         yield base_url
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import msgspec
 import pytest
+from log_cases import stored
 from online_cases import CUTOFF, HOUR, content, until, write
 from serving_cases import (
     NOON,
@@ -45,7 +46,7 @@ from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.serving import Answer, ask, ask_bento, free_port, serve
 
 ALLOWED_FILES = re.compile(
-    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|"
+    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|Dockerfile|"
     r"release/(manifest\.json|model\.onnx|golden\.json)|"
     r"churn_service/\w+\.py|churn_assets/(contract/)?\w+\.py)"
 )
@@ -219,7 +220,7 @@ def test_a_bento_is_asked_for_a_prediction_whose_answer_is_known(
 CONFIG = """
 source: {kind: shop}
 calendar: {start: 2024-01-01}
-serving: {max_age_hours: 12, when_stale: flag}
+serving: {max_age_hours: 12, when_stale: flag, prediction_log: {durability: power}}
 """
 
 
@@ -287,6 +288,16 @@ def test_what_is_in_production_is_waited_for_served_and_followed(
     write(tmp_path / "feast" / "online.db", *content(cutoffs={"c-1": CUTOFF - 13 * HOUR}))
     by_id = until(lambda: [a for a in [ask(url, {"customer_id": "c-1"})] if a.status == 200])
     assert by_id[0].json()["stale"] is True
+    log = foreground.health()["prediction_log"]
+    assert (log["store"], log["durability"]) == (str(foreground.home.prediction_log), "power")
+    kept = stored(foreground.home.prediction_log)
+    assert len(kept) == log["rows_waiting"] > 1
+    assert (kept[-1].bento, kept[-1].model_version, kept[-1].stale) == (
+        bento.tag,
+        "3-features",
+        True,
+    )
+    assert kept[-1].cutoff == (CUTOFF - 13 * HOUR).timestamp() * 1e6
 
     # Another release with the same code is swapped to; its bento is not even looked for.
     other = release_of(model_of_three, foreground.home.releases, "8").manifest

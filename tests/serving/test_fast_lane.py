@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import bentoml
 import psutil
 import pytest
+from bad_requests import bad_requests, send_refused
 from prometheus_client.parser import text_string_to_metric_families
 from serving_cases import BAD_BODIES, PATIENCE_S, SERVICE, VALID, Model, release_of
 
@@ -110,6 +111,10 @@ def test_both_lanes_answer_the_same_bytes(url: str, slow_url: str) -> None:
         statuses[one[0]] += 1
     assert statuses[200] >= 7
     assert {400, 404, 405, 413, 415, 422} <= set(statuses)
+
+
+def test_bad_requests_are_refused_without_the_fast_lane_too(slow_url: str) -> None:
+    assert len(send_refused(slow_url, bad_requests(500, seed=6))) == 500
 
 
 def test_each_lane_says_which_it_is(url: str, slow_url: str) -> None:
@@ -348,6 +353,8 @@ def test_not_ready_before_the_release_is_loaded(
     asyncio.run(check())
 
 
+# Each needs a BentoML that is imported, which warns.
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize(
     ("version", "fast"),
     [
@@ -369,10 +376,12 @@ def test_the_fast_lane_is_taken_with_the_versions_it_holds_for(version: str, fas
     assert not choose_lane({"CHURN_FAST_LANE": "off"}, version).fast
 
 
+@pytest.mark.usefixtures("service")
 def test_the_installed_bentoml_is_one_it_holds_for() -> None:
     assert choose_lane({}) == FAST
 
 
+@pytest.mark.usefixtures("service")
 def test_a_bentoml_without_the_way_in_has_no_fast_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bentoml, "service", lambda inner=None, **config: None)
     assert not choose_lane({}).fast

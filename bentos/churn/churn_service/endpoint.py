@@ -87,6 +87,19 @@ class Endpoint:
         self.metrics.serves(served.manifest, served.bento)
         self.started = True
 
+    def _show(self, in_progress: int) -> None:
+        """Bring the metrics that are no counts up to date."""
+        self.metrics.in_progress.set(in_progress)
+        if self._looks_at_log is None or self._looks_at_log.done():
+            self._looks_at_log = asyncio.create_task(self._show_log())
+
+    async def _show_log(self) -> None:
+        try:
+            self.metrics.log(await self._log.health())
+        except Exception:
+            logger.exception("the prediction log cannot be looked at")
+        await asyncio.sleep(LOG_SECONDS)
+
     def replace(self, served: Served) -> None:
         """Serve `served` from the next request on; those being answered keep what they began with.
 
@@ -100,19 +113,6 @@ class Endpoint:
         # Else it would keep what is replaced.
         self._described = (None, b"")
         self.metrics.serves(served.manifest, served.bento)
-
-    def _show(self, in_progress: int) -> None:
-        """Bring the metrics that are no counts up to date."""
-        self.metrics.in_progress.set(in_progress)
-        if self._looks_at_log is None or self._looks_at_log.done():
-            self._looks_at_log = asyncio.create_task(self._show_log())
-
-    async def _show_log(self) -> None:
-        try:
-            self.metrics.log(await self._log.health())
-        except Exception:
-            logger.exception("the prediction log cannot be looked at")
-        await asyncio.sleep(LOG_SECONDS)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; nothing but JSON leaves here."""

@@ -1,6 +1,6 @@
 """The fast lane: the service's own paths before BentoML's middleware.
 
-BentoML's metrics, tracing and timeout middleware take two thirds of the time of a prediction, and
+BentoML's metrics, tracing and timeout middleware take four fifths of the time of a prediction, and
 its mounts offer no way around them. It hands what `Service.to_asgi` returns to uvicorn; the service
 class made here returns an application that takes its own paths itself and gives every other one,
 and the lifespan, to BentoML's. The endpoint has metrics, a timeout and a limit of its own.

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up test bench lint lint-workflows format lock clean
+.PHONY: help env run up image test test-image bench lint lint-workflows format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -38,8 +38,14 @@ run: env ## materialize the whole graph and print what came out
 up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 	@$(BIN)/churn up
 
+image: env ## the container of the bento in Production; TAG=churn:... that of another
+	@$(BIN)/churn image $(if $(TAG),--tag $(TAG))
+
 test: env ## the test suite
 	@$(BIN)/python -m pytest
+
+test-image: env ## the tests of the container, which need a container engine
+	@$(BIN)/python -m pytest -m image -rs tests/deploy
 
 bench: env ## measure speed and memory; ONLY=features measures that alone
 	@$(BIN)/python -m tests.bench $(ONLY)

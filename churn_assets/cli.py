@@ -105,9 +105,19 @@ def up() -> None:
 
 @cli.command()
 @click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
-def serve(port: int) -> None:
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Processes that answer. Default: as configured."
+)
+def serve(port: int, workers: int | None) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
-    from churn_assets.lifecycle.serving import OnlineStore, PredictionLog, serve_current
+    from churn_assets.lifecycle.deployment import announced
+    from churn_assets.lifecycle.serving import (
+        HOST,
+        OnlineStore,
+        PredictionLog,
+        check_port,
+        serve_current,
+    )
     from churn_assets.settings import load_settings
 
     home, settings = Home.from_environment(), load_settings()
@@ -119,14 +129,16 @@ def serve(port: int) -> None:
     online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
     kept = policy.prediction_log.location(home.prediction_log)
     log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
-    serve_current(home, port, online, log)
+    check_port(port)
+    with announced(home, f"http://{HOST}:{port}"):
+        serve_current(home, port, online, log, workers=workers or policy.workers)
 
 
 @cli.command()
 @click.argument("release", type=click.Path(path_type=Path), required=False)
 @click.option("--by-id/--features-only", default=True, help="With an online store, or without.")
-@click.option("--keys/--no-keys", default=False, help="For a service that asks for API keys.")
-def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
+@click.option("--keys/--no-keys", default=None, help="With API keys, or without. Default: as set.")
+def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
     """Print the OpenAPI document of the service with RELEASE, a directory; default: what serves.
 
     The service itself publishes the one that is true of it at GET /openapi.json.
@@ -137,8 +149,11 @@ def openapi(release: Path | None, by_id: bool, keys: bool) -> None:
     from churn_assets.contract.release import ReleaseError, read_release
     from churn_assets.lifecycle.bento import bento_of_tag
     from churn_assets.lifecycle.pointer import read_current
+    from churn_assets.settings import load_settings
 
     home = Home.from_environment()
+    if keys is None:
+        keys = load_settings().serving.api_keys
     if release is None:
         current = read_current(home.current)
         if current is None:
@@ -339,13 +354,35 @@ def promote() -> None:
 
 @cli.command()
 def deploy() -> None:
-    """Package what is in Production as a bento and point the service at it."""
+    """Package what is in Production as a bento and deploy it to the target of the settings."""
     home = Home.from_environment()
     _registry(home)
     from churn_assets.defs.launch import deploy as package
 
-    bento = package(home)
-    click.echo(f"version {bento.model_version} is served by {bento.tag}")
+    done = package(home)
+    click.echo(f"version {done.model_version} is served by {done.bento}")
+    click.echo(f"target {done.target}: {done.said}")
+
+
+@cli.command()
+@click.option("--tag", help="The bento, when it is not the one in Production.")
+def image(tag: str | None) -> None:
+    """Build the container of the bento in Production."""
+    from churn_assets.lifecycle.bento import bento_of_tag
+    from churn_assets.lifecycle.container import build_image
+    from churn_assets.lifecycle.pointer import read_current
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    if tag is None:
+        current = read_current(home.current)
+        if current is None:
+            raise UserError("nothing is in Production yet; `make run` brings a first version there")
+        tag = current.bento
+    bento = bento_of_tag(tag, home.bentoml)
+    click.echo(f"building the container of {bento.tag}, a minute the first time", err=True)
+    built = build_image(bento, load_settings().deployment.image)
+    click.echo(f"{built.pinned}  {built.size_bytes / 1e6:.0f} MB  {built.id}")
 
 
 @cli.command()

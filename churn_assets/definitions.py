@@ -3,6 +3,7 @@
 import dagster as dg
 
 from churn_assets.defs import (
+    deployment,
     evaluation,
     features,
     monitoring,
@@ -37,6 +38,7 @@ defs = dg.Definitions(
         registry.production_release,
         registry.registry_history,
         serving.churn_bento,
+        deployment.deployment,
         monitoring.drift_report,
         trial.trial_report,
         prediction_log.prediction_log,

@@ -63,6 +63,11 @@ class Home:
         return self.root / "serving" / "current.json"
 
     @property
+    def running_service(self) -> Path:
+        """Where the service of this home answers, while it runs."""
+        return self.root / "serving" / "service.json"
+
+    @property
     def api_keys(self) -> Path:
         """Which API keys the service takes; CHURN_API_KEYS names another file."""
         named = os.environ.get("CHURN_API_KEYS")

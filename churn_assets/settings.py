@@ -36,6 +36,7 @@ from churn_assets.data.windows import Windows, label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.cleaning import RetentionPolicy
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.targets import DeploymentSettings
 from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
@@ -121,18 +122,21 @@ class PredictionLogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 
 class ServingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How old features may be that a service takes from the online store, in hours of data time.
+    """How many processes answer, and how old features of the online store may be for them.
 
-    when_stale: `refuse` answers 409, `flag` predicts from the last values and says so. api_keys:
-    whether a prediction needs a key of `churn keys add`.
+    max_age_hours: in data time. when_stale: `refuse` answers 409, `flag` predicts from the last
+    values and says so. api_keys: whether a prediction needs a key of `churn keys add`.
     """
 
+    workers: int = 1
     max_age_hours: float = 36.0
     when_stale: Literal["refuse", "flag"] = "refuse"
     api_keys: bool = False
     prediction_log: PredictionLogSettings = PredictionLogSettings()
 
     def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 256:
+            raise ValueError(f"serving.workers is {self.workers}; give 1 to 256 processes")
         if not 0 < self.max_age_hours <= 876_000:
             raise ValueError(f"serving.max_age_hours is {self.max_age_hours}; give hours above 0")
 
@@ -171,6 +175,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promotion: PromotionPolicy = PromotionPolicy()
     trial: TrialPolicy = TrialPolicy()
     registry: RetentionPolicy = RetentionPolicy()
+    deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
     schedules: Schedules = Schedules()
 
@@ -273,6 +278,8 @@ def load_settings(path: str | Path | None = None) -> Settings:
         return fill_variables(value, os.environ, key) if isinstance(value, str) else value
 
     online, feast, spark = settings.online_store, settings.feast, settings.spark
+    deployment = settings.deployment
+    docker, kubernetes = deployment.docker, deployment.kubernetes
     log, key = settings.serving.prediction_log, "serving.prediction_log.store"
     # YAML's off is false.
     store = place(key, log.store) if isinstance(log.store, str) and log.store != OFF else log.store
@@ -289,6 +296,20 @@ def load_settings(path: str | Path | None = None) -> Settings:
         ),
         online_store=msgspec.structs.replace(online, url=place("online_store.url", online.url)),
         feast=msgspec.structs.replace(feast, registry=place("feast.registry", feast.registry)),
+        deployment=msgspec.structs.replace(
+            deployment,
+            docker=msgspec.structs.replace(
+                docker,
+                environment={
+                    name: filled(f"deployment.docker.environment.{name}", value)
+                    for name, value in docker.environment.items()
+                },
+            ),
+            kubernetes=msgspec.structs.replace(
+                kubernetes,
+                manifests=place("deployment.kubernetes.manifests", kubernetes.manifests),
+            ),
+        ),
         serving=msgspec.structs.replace(settings.serving, prediction_log=log),
     )
     if settings.engine == "spark" and settings.lake and "://" in settings.lake:

@@ -7,6 +7,8 @@ import the contract and nothing else.
 
 Requests by id alone are looked up in the online store CHURN_ONLINE_STORE names; whatever becomes of
 the store, requests that bring their features never wait for it.
+
+Where CHURN_FOLLOW names a pointer file, the release it names is served in place of the baked one.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import bentoml
 from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.access import access
 from churn_service.connections import allow_many_connections, head_seconds
+from churn_service.container import check_log_outlives_container
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import choose_lane, service_options
+from churn_service.follower import Follower
 from churn_service.online import online_store
 from churn_service.prediction_log import prediction_log
+from churn_service.restarts import restart_soon
 from churn_service.served import Served
 from churn_service.tracing import ignore_trace_headers
 from churn_service.traffic import Limits
@@ -86,17 +91,22 @@ class Churn:
         """Refuse a bad release before any worker exists: a worker that fails is only restarted."""
         try:
             online_store(Served(read_release(release_directory())).manifest.features)
+            Follower.from_environment(os.environ)
             access(os.environ)
             head_seconds(os.environ)
+            check_log_outlives_container(os.environ)
             prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None
+        restart_soon()
 
     def __init__(self) -> None:
         try:
             if not lane.fast:
                 logger.warning("requests take BentoML's ASGI mount: %s", lane.reason)
-            endpoint.start(Served(read_release(release_directory())))
+            served = Served(read_release(release_directory()))
+            follower = endpoint.follower = Follower.from_environment(os.environ)
+            endpoint.start(follower.first(served) if follower else served)
         except ReleaseError as error:
             raise _refused_start(error) from None
         ignore_trace_headers()
@@ -106,7 +116,10 @@ class Churn:
         # BentoML's timeout middleware holds a dozen objects a request until the timeout is over,
         # none of them garbage. Full collections over them stopped the service for 80 to 180 ms.
         gc.freeze()
+        # A release that is replaced goes by its reference count, frozen or not.
         gc.set_threshold(700, 10, 1000)
+        if follower:
+            follower.start(endpoint.replace)
 
     async def __is_ready__(self) -> bool:
         return endpoint.started

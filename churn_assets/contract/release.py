@@ -50,6 +50,10 @@ class ReleaseError(Exception):
     """A release that must not be served: one line that says which file or value is wrong."""
 
 
+class ReleaseUnreadable(ReleaseError):
+    """A release that is not there, or that the disk does not give: it may be there later."""
+
+
 class Challenger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A second model on trial and the share of customers it answers.
 
@@ -156,8 +160,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def read_release(directory: Path) -> Release:
     """Read and verify the release in `directory`.
 
-    Raises ReleaseError for a missing, unknown, foreign or changed file, for a manifest that is not
-    one, and for a feature this code defines differently.
+    Raises ReleaseError for an unknown, foreign or changed file, for a manifest that is not one, and
+    for a feature this code defines differently; ReleaseUnreadable for what is not there.
     """
     manifest = _read_manifest(directory)
     _check_features(directory, manifest.features)
@@ -208,9 +212,9 @@ def _refuse(directory: Path, reason: str) -> NoReturn:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise ReleaseError(f"there is no release directory {directory}")
+        raise ReleaseUnreadable(f"there is no release directory {directory}")
     if not path.exists():
-        _refuse(directory, f"{MANIFEST} is missing")
+        raise ReleaseUnreadable(f"release {directory}: {MANIFEST} is missing")
     try:
         manifest = msgspec.json.decode(_read_plain_file(directory, MANIFEST), type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -234,7 +238,7 @@ def _read_files(directory: Path, manifest: Manifest) -> dict[str, bytes]:
     if unlisted := sorted(needed - manifest.files.keys()):
         _refuse(directory, f"{MANIFEST} has no digest of {unlisted[0]}")
     if missing := sorted(manifest.files.keys() - present):
-        _refuse(directory, f"{missing[0]} is missing")
+        raise ReleaseUnreadable(f"release {directory}: {missing[0]} is missing")
     if unknown := sorted(present - manifest.files.keys()):
         _refuse(directory, f"{unknown[0]!r} is not part of it")
     contents = {}
@@ -256,7 +260,7 @@ def _read_plain_file(directory: Path, name: str) -> bytes:
             _refuse(directory, f"{name} is larger than {_MAX_TEXT_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
-        raise ReleaseError(
+        raise ReleaseUnreadable(
             f"release {directory}: {name} cannot be read ({error.strerror})"
         ) from None
 

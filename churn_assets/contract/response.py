@@ -56,6 +56,14 @@ class OnlineHealth(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class RefusedRelease(msgspec.Struct, frozen=True):
+    """What the pointer names and is not served. `release_id` is null when it names nothing."""
+
+    release_id: str | None
+    reason: str
+    since: Moment
+
+
 class AccessHealth(msgspec.Struct, frozen=True):
     """How many API keys are valid. `reason` says why a change of their file is not taken over."""
 
@@ -107,9 +115,12 @@ class LogHealth(msgspec.Struct, frozen=True):
 class Health(msgspec.Struct, frozen=True):
     """The answer to `GET /health`: what is served here, and since when.
 
-    `status` is `degraded` while the prediction log is broken. `bento` is null where the service
-    runs from its source, `online_store` where there is none, `api_keys` where none are asked for,
-    `trial` while no other model is on trial.
+    `status` is `degraded` while the prediction log is broken. `worker` is the process that
+    answered, each of which follows the pointer by itself. `bento` is the code that runs, whose
+    baked release need not be the one served, and null where the service runs from its source.
+    `release_refused` is what the pointer names instead of `release_id`, null where nothing is
+    followed or all is well. `online_store` is null where there is none, `api_keys` where none are
+    asked for, `trial` while no other model is on trial.
     """
 
     status: Literal["healthy", "degraded"]
@@ -119,6 +130,8 @@ class Health(msgspec.Struct, frozen=True):
     bento: str | None
     features: tuple[str, ...]
     started_at: Moment
+    worker: int
+    release_refused: RefusedRelease | None
     online_store: OnlineHealth | None
     api_keys: AccessHealth | None
     lane: LaneHealth

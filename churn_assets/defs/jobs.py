@@ -33,7 +33,7 @@ training = dg.define_asset_job(
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
 # What brings a version into service; everything but the decision.
-_INTO_SERVICE = ("production_release", "churn_bento", "registry_history")
+_INTO_SERVICE = ("production_release", "churn_bento", "deployment", "registry_history")
 _ONE_PROMOTION = {"churn/exclusive": "promotion"}
 # A person waits for these.
 _URGENT = {"dagster/priority": "10"}
@@ -43,7 +43,7 @@ promotion = dg.define_asset_job(
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
     tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
-    description="Carry out the latest decision, and package what is in Production for serving.",
+    description="Carry out the latest decision, package what is in Production and deploy it.",
 )
 approve_promotion = dg.define_asset_job(
     "approve_promotion",
@@ -102,8 +102,9 @@ trial = dg.define_asset_job(
     description="Judge the version on trial by what has become known of its predictions.",
 )
 # What is not there yet is there an hour later; two passes at once would refuse each other.
-prediction_log = dg.define_asset_job(
-    "prediction_log",
+# A job may not be called like an asset: a code server would refuse both.
+ingest_predictions = dg.define_asset_job(
+    "ingest_predictions",
     selection=dg.AssetSelection.assets("prediction_log"),
     tags={"churn/exclusive": "prediction_log"},
     description="Bring what services answered from their log into the lake.",
@@ -157,7 +158,7 @@ JOBS = [
     start_trial,
     stop_trial,
     drift,
-    prediction_log,
+    ingest_predictions,
     trial,
     clean_archive,
 ]

@@ -33,7 +33,7 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile
 from churn_assets.lifecycle.promotion import PromotionDecision
-from churn_assets.lifecycle.records import BentoRecord
+from churn_assets.lifecycle.records import DeploymentRecord
 from churn_assets.lifecycle.registry import read_registry
 
 LAUNCHER = {"churn/launched_by": "make run"}
@@ -320,7 +320,7 @@ def run_everything(home: Home) -> None:
 
 def _ingest_log(launcher: Launcher) -> None:
     try:
-        launcher.run("log", "prediction_log").require()
+        launcher.run("log", "ingest_predictions").require()
     except UserError as error:
         # The hourly pass of `make up` may be at it; what is not in the lake yet stays in the log.
         print(f"  {error}; the next pass brings it in", flush=True)
@@ -379,15 +379,17 @@ def promote(home: Home) -> tuple[PromotionDecision, str | None]:
         return decision, registry.production
 
 
-def deploy(home: Home) -> BentoRecord:
-    """Package what is in Production and point the service at it.
+def deploy(home: Home) -> DeploymentRecord:
+    """Package what is in Production and deploy it to the target of the settings.
 
-    Raises UserError when nothing is, or the bento does not answer as its model does.
+    Raises UserError when nothing is, the bento does not answer as its model does, or it does not
+    come to serve.
     """
     with _launching(home, alone=False) as launcher:
         read_record(home.records, "production_release")
-        launcher.run("deployment", "promotion", ["churn_bento"], why=BY_HAND).require()
-        return msgspec.json.decode(read_record(home.records, "churn_bento"), type=BentoRecord)
+        assets = ["churn_bento", "deployment"]
+        launcher.run("deployment", "promotion", assets, why=BY_HAND).require()
+        return msgspec.json.decode(read_record(home.records, "deployment"), type=DeploymentRecord)
 
 
 @contextlib.contextmanager

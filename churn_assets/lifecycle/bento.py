@@ -36,7 +36,7 @@ SERVICE_REQUIREMENTS = (
     "uvloop",
 )
 
-_CODE = ("*.py", "churn_service/*.py", "churn_assets/**/*.py")
+DOCKERFILE = "Dockerfile"
 _BUILD_TIMEOUT_S = 120
 _LATEST = "latest"
 
@@ -92,6 +92,11 @@ def bento_of_tag(tag: str, bentoml_home: Path) -> Bento:
     return bento
 
 
+def code_of(tag: str) -> str:
+    """The digest in a bento's tag: bentos that share it differ in their release alone."""
+    return tag.rpartition("-")[2]
+
+
 def pinned_requirements(names: Iterable[str]) -> list[str]:
     """`names` and all they need, pinned to what is installed here, in alphabetical order.
 
@@ -132,6 +137,8 @@ def _stage_code(context: Path, project_root: Path) -> str:
     service, package = project_root / "bentos" / BENTO_NAME, project_root / "churn_assets"
     sources = {str(path.relative_to(service)): path for path in service.rglob("*.py")}
     sources |= {"churn_assets/__init__.py": package / "__init__.py"}
+    # Part of the tag too: another way to make the container is another bento.
+    sources |= {DOCKERFILE: service / DOCKERFILE}
     contract = sorted((package / "contract").glob("*.py"))
     sources |= {f"churn_assets/contract/{path.name}": path for path in contract}
     if "service.py" not in sources or not contract:
@@ -164,6 +171,7 @@ def _bentofile() -> bytes:
                 "churn_assets/**/*.py",
                 "release/*",
                 "requirements.txt",
+                DOCKERFILE,
             ],
             "python": {"requirements_txt": "requirements.txt"},
         }

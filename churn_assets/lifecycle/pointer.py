@@ -1,24 +1,17 @@
-"""Which bento serves: one small file, replaced in one step, that the service follows."""
+"""Which bento serves: the writer of the pointer that services follow, and its reader here."""
 
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
+from churn_assets.contract.pointer import Current, decode_pointer
+from churn_assets.contract.release import ReleaseError
 from churn_assets.errors import UserError
 
-
-class Current(msgspec.Struct, frozen=True):
-    """What serves: the bento with its release, and the step of the history that put it there."""
-
-    bento: str
-    release_id: str
-    model_version: str
-    step: int
-    at: datetime
+__all__ = ["Current", "point_at", "read_current"]
 
 
 def point_at(path: Path, current: Current) -> None:
@@ -35,10 +28,10 @@ def point_at(path: Path, current: Current) -> None:
 def read_current(path: Path) -> Current | None:
     """What the pointer says; None when there is none. Raises UserError when it says nothing."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Current)
+        return decode_pointer(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, ReleaseError) as error:
         raise UserError(
             f"{path} does not say what serves ({error}); materialize churn_bento"
         ) from error

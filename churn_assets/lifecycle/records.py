@@ -175,6 +175,26 @@ class BentoRecord(msgspec.Struct, frozen=True):
     latency_ms: float
 
 
+class DeploymentRecord(msgspec.Struct, frozen=True):
+    """A bento put where it serves, and what was seen of it there.
+
+    previous: the release, bento or image that was served before, as the target tells it. digest: of
+    the image, in the registry or else the engine's own. seconds_away: that nobody answered, where
+    the target can tell.
+    """
+
+    target: str
+    bento: str
+    release_id: str
+    model_version: str
+    said: str
+    image: str | None
+    digest: str | None
+    previous: str | None
+    seconds: float
+    seconds_away: float | None
+
+
 class DriftRecord(msgspec.Struct, frozen=True):
     """The drift of the days [first, last] against a training set (`reference` is its hash)."""
 

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ from churn_assets.contract.response import Prediction, predict
 from churn_assets.contract.trial import assignment
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
-from churn_assets.lifecycle.bento import Bento, bento_of_tag
+from churn_assets.lifecycle.bento import BENTO_NAME, Bento, bento_of_tag, code_of
 from churn_assets.lifecycle.pointer import read_current
 
 HOST = "127.0.0.1"
@@ -200,13 +201,19 @@ def serve(
 
 
 def serve_current(
-    home: Home, port: int, online: OnlineStore | None = None, log: PredictionLog | None = None
+    home: Home,
+    port: int,
+    online: OnlineStore | None = None,
+    log: PredictionLog | None = None,
+    *,
+    workers: int = 1,
 ) -> None:
     """Serve what the pointer of `home` names on `port`, in the foreground, and what it names next.
 
     What it answers is kept in `log`, by default in the home.
 
-    Waits until it names something. Another bento is first started on a port of its own: one that
+    Waits until it names something. The service follows the pointer itself and swaps to another
+    release between requests. A bento of other code is first started on a port of its own: one that
     does not start is told, and what serves goes on serving. Then it takes the place, and for the
     seconds that takes nobody answers. It need not wait for the online store: the service answers
     requests by id once there is one.
@@ -216,22 +223,31 @@ def serve_current(
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     check_port(port)
+    settings = {"CHURN_FOLLOW": str(home.current)} | with_workers(workers)
     log = log or PredictionLog(str(home.prediction_log))
     tag = _next_to_serve(home)
     while True:
         path = bento_of_tag(tag, home.bentoml).path
-        with (
-            tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch,
-            _running(path, None, online, port, scratch=Path(scratch), log=log) as (process, url),
-        ):
-            print(f"{tag} answers at {url}/predict", flush=True)
-            tag = _next_to_serve(home, tag, process)
+        with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
+            # A worker that is started again needs the code after its bento has been cleaned away.
+            own = Path(shutil.copytree(path, Path(scratch) / path.name))
+            with _running(
+                own, None, online, port, scratch=Path(scratch), log=log, environment=settings
+            ) as (process, url):
+                print(f"{tag} answers at {url}/predict", flush=True)
+                tag = _next_to_serve(home, tag, process)
+
+
+def with_workers(number: int) -> dict[str, str]:
+    """The environment of a service with `number` worker processes."""
+    given = os.environ.get("BENTOML_CONFIG_OPTIONS", "")
+    return {"BENTOML_CONFIG_OPTIONS": f"{given} services.{BENTO_NAME}.workers={number}".strip()}
 
 
 def _next_to_serve(
     home: Home, serving: str | None = None, process: subprocess.Popen | None = None
 ) -> str:
-    """Wait until another bento is to be served, and return its tag once it has proven to start.
+    """Wait until a bento of other code is to be served; returns its tag once it proves to start.
 
     Raises UserError when `process`, which serves `serving`, ends by itself.
     """
@@ -248,7 +264,7 @@ def _next_to_serve(
                 said = "nothing is in Production yet: `make run` brings a first version there"
             elif current == refused:
                 said = told
-            elif current.bento != serving:
+            elif serving is None or code_of(current.bento) != code_of(serving):
                 path = bento_of_tag(current.bento, home.bentoml).path
                 if serving is not None:
                     _try_out(path)
@@ -290,6 +306,20 @@ def ask(base_url: str, body: bytes | dict, *, path: str = "/predict") -> Answer:
         raise UserError(f"no answer from {base_url} ({error}); is the service running?") from error
     finally:
         connection.close()
+
+
+def ask_health(base_url: str) -> dict[str, Any] | None:
+    """What `GET /health` answers; None when nobody does, or not as the churn service."""
+    connection = _connect(base_url)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        told = msgspec.json.decode(response.read()) if response.status == 200 else None
+    except (OSError, http.client.HTTPException, msgspec.DecodeError):
+        return None
+    finally:
+        connection.close()
+    return told if isinstance(told, dict) else None
 
 
 def measure_latency(
@@ -363,8 +393,7 @@ def ask_bento(
         for answer, (_, expected) in zip(answers, questions, strict=True)
     ]
     request, _ = questions[0]
-    fits = all(as_expected for as_expected, _ in told)
-    reason = "; ".join(reason for as_expected, reason in told if as_expected or not fits)
+    fits, reason = _together(told)
     return Proof(
         as_expected=fits and shown.status == 200,
         reason=reason,
@@ -373,6 +402,24 @@ def ask_bento(
         response=shown.json(),
         latency_ms=round(shown.latency_ms, 3),
     )
+
+
+def ask_golden(base_url: str, release: Release) -> tuple[bool, str]:
+    """Whether a service answers as the models of `release` did, and that in a sentence.
+
+    Raises UserError when nobody answers.
+    """
+    return _together(
+        [
+            _as_the_model(ask(base_url, request), expected)
+            for request, expected in _golden_questions(release)
+        ]
+    )
+
+
+def _together(told: Sequence[tuple[bool, str]]) -> tuple[bool, str]:
+    fits = all(as_expected for as_expected, _ in told)
+    return fits, "; ".join(reason for as_expected, reason in told if as_expected or not fits)
 
 
 def _golden_questions(
@@ -490,6 +537,7 @@ def _environment(
 ) -> dict[str, str]:
     log = log or PredictionLog(str(scratch / "log"))
     unwanted = {"PYTHONPATH", "CHURN_RELEASE_DIR", "PROMETHEUS_MULTIPROC_DIR", "BENTOML_PORT"}
+    unwanted |= {"CHURN_FOLLOW", "CHURN_FOLLOW_SECONDS"}
     unwanted |= OnlineStore("online.db").environment().keys() | log.environment().keys()
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {

@@ -133,6 +133,27 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+def test_the_workers_of_the_service_are_a_setting_and_an_option(churn, monkeypatch, tmp_path):
+    started: list[int] = []
+    monkeypatch.setattr(
+        "churn_assets.lifecycle.serving.serve_current",
+        lambda *_, workers: started.append(workers),
+    )
+    config = tmp_path / "churn.yaml"
+    config.write_text("source: {kind: shop}\ncalendar: {start: 2024-01-01}\n")
+    monkeypatch.setenv("CHURN_CONFIG", str(config))
+    assert churn("serve", "--port", 1)[0] == 0
+    config.write_text(config.read_text() + "serving: {workers: 2}\n")
+    assert churn("serve", "--port", 1)[0] == 0
+    assert churn("serve", "--port", 1, "--workers", 3)[0] == 0
+    assert started == [1, 2, 3]
+    assert churn("serve", "--port", 1, "--workers", 0)[0] == 2
+    config.write_text(config.read_text().replace("2}", "0}"))
+    code, _, err = churn("serve", "--port", 1)
+    assert code
+    assert "serving.workers is 0; give 1 to 256 processes" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_exit_code_130(churn, monkeypatch, number):
     monkeypatch.setattr("churn_assets.data.gate.schema_json", lambda _: signal.raise_signal(number))

@@ -48,7 +48,7 @@ def test_a_step_is_a_command_of_ours(run: str) -> None:
 def test_the_targets_of_make_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     asked = {run.split()[1] for run in commands("tests.yml") if run.startswith("make ")}
-    assert {"lint", "lint-workflows", "test"} == asked <= targets
+    assert {"lint", "lint-workflows", "test", "test-image"} == asked <= targets
 
 
 def test_the_workflow_comes_after_dagsters_own_schedule() -> None:

@@ -37,6 +37,7 @@ ASSETS = (
     "production_release",
     "registry_history",
     "churn_bento",
+    "deployment",
     "drift_report",
     "trial_report",
     "prediction_log",
@@ -208,6 +209,7 @@ def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
     assert set(made_of("promotion_decision")) == {"registered_model"}
     assert set(made_of("production_release")) == {"promotion_decision"}
     assert set(made_of("churn_bento")) == {"production_release"}
+    assert set(made_of("deployment")) == {"churn_bento"}
     assert set(made_of("drift_report")) == {"customer_features", "training_set"}
 
 
@@ -221,6 +223,8 @@ def test_the_assets_carry_what_a_person_looks_at(first_run: Run):
     assert {"importance", "confusion_matrix"} <= set(plots)
     assert "http://" in metadata("evaluation_report")["mlflow_run"].value
     assert metadata("churn_bento")["tag"].value == first_run.summary["bento"]
+    assert metadata("deployment")["bento"].value == first_run.summary["bento"]
+    assert metadata("deployment")["target"].value == "local"
     assert metadata("drift_report")["evidently"].value.startswith("http://")
 
 

@@ -171,6 +171,7 @@ def test_everything_answers_and_ctrl_c_ends_all_of_it(home: Path, tmp_path: Path
         "customer_features",
         "evaluation_report",
         "churn_bento",
+        "deployment",
         "drift_report",
     }
     # Dagster keeps what a person switched by the name of the location.

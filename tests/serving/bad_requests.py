@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import random
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from serving_cases import VALID
 
@@ -51,6 +53,38 @@ def bad_requests(count: int, seed: int) -> Iterator[Bad]:
     makers = [maker for maker, weight in _MAKERS for _ in range(weight)]
     for _ in range(count):
         yield chance.choice(makers)(chance)
+
+
+def send_refused(url: str, requests: Iterator[Bad], connections: int = 8) -> list[Bad]:
+    """Send them over a few kept connections, and see each refused as it must be; returns them."""
+    parts, sent = urlsplit(url), []
+
+    async def one_connection() -> None:
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        try:
+            for bad in requests:
+                writer.write(bad.encoded())
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                assert b"content-type: application/json\r\n" in head, (bad, head)
+                length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+                said = json.loads(await reader.readexactly(length))["error"]
+                status, name = int(head.split(b" ", 2)[1]), said["field"]
+                assert status in bad.statuses, (bad, status, said)
+                assert name, (bad, status, said)
+                assert said["message"], (bad, status, said)
+                assert bad.fields is None or name in bad.fields, (bad, status, said)
+                sent.append(bad)
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    async def all_connections() -> None:
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+            for _ in range(connections):
+                group.create_task(one_connection())
+
+    asyncio.run(all_connections())
+    return sent
 
 
 def _text(chance: random.Random, longest: int = 20) -> str:
@@ -223,10 +257,10 @@ def _odd_headers(chance: random.Random) -> Bad:
     names = (b"x-request-id", b"accept", b"cookie", b"authorization", b"x-forwarded-for",
              b"accept-encoding", b"traceparent", b"x", b"origin", b"range")  # fmt: skip
     odd = bytes(byte for byte in range(1, 256) if byte not in b"\r\n\x7f" and byte > 31)
-    more = tuple(
-        (chance.choice(names), bytes(chance.choices(odd, k=chance.randrange(200))).strip())
-        for _ in range(chance.randrange(1, 6))
-    )
+    more = []
+    for _ in range(chance.randrange(1, 6)):
+        noise = bytes(chance.choices(odd, k=chance.randrange(200))).strip()
+        more.append((chance.choice(names), chance.choice((noise, b"\xff\\", b"\\x", b"00-0"))))
     inner = chance.choice((_wrong_values, _elsewhere))(chance)
     return dataclasses.replace(inner, kind="odd headers", headers=(*JSON_TYPE, *more))
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -47,10 +48,9 @@ def copy(release: Release, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def url(release: Release) -> Generator[str]:
     """The service, run from its source; keys are those of another one, in production."""
-    with (
-        mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}),
-        serve(SERVICE, release.directory) as base_url,
-    ):
+    with ExitStack() as stack:
+        with mock.patch.dict(os.environ, {KEYS_VARIABLE: "none.json"}):
+            base_url = stack.enter_context(serve(SERVICE, release.directory))
         yield base_url
 
 

@@ -55,7 +55,8 @@ class Model:
     predict: Callable[[np.ndarray], np.ndarray]
 
 
-def train(features: tuple[str, ...], seed: int) -> Model:
+def train(features: tuple[str, ...], seed: int, *, backwards: bool = False) -> Model:
+    """A small forest; one that has it `backwards` calls churned who stays."""
     from skl2onnx import to_onnx
     from sklearn.ensemble import RandomForestClassifier
 
@@ -69,7 +70,7 @@ def train(features: tuple[str, ...], seed: int) -> Model:
             rng.integers(0, 20, 2000) / 7.0,
         ]
     )[:, : len(features)].astype(np.float32)
-    y = x[:, 2] - x[:, 0] + rng.normal(0, 15, 2000) > 30
+    y = (x[:, 2] - x[:, 0] + rng.normal(0, 15, 2000) > 30) ^ backwards
     estimator = RandomForestClassifier(30, max_depth=6, random_state=seed).fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -6,16 +6,31 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Generator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import pytest
+from log_cases import stored
 from online_cases import CUTOFF, HOUR, content, until, write
-from serving_cases import NOON, PATIENCE_S, SERVICE, THREE, VALID, changed, family, wait_until_gone
+from serving_cases import (
+    NOON,
+    PATIENCE_S,
+    SERVICE,
+    THREE,
+    VALID,
+    Model,
+    changed,
+    family,
+    release_of,
+    wait_until_gone,
+)
 
 from churn_assets.contract.release import MODEL, Release, ReleaseError, read_release
 from churn_assets.errors import UserError
@@ -28,10 +43,10 @@ from churn_assets.lifecycle.bento import (
     pinned_requirements,
 )
 from churn_assets.lifecycle.pointer import Current, point_at
-from churn_assets.lifecycle.serving import ask, ask_bento, free_port, serve
+from churn_assets.lifecycle.serving import Answer, ask, ask_bento, free_port, serve
 
 ALLOWED_FILES = re.compile(
-    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|"
+    r"README\.md|bento\.yaml|env/.*|apis/.*|src/(service\.py|requirements\.txt|bentofile\.yaml|Dockerfile|"
     r"release/(manifest\.json|model\.onnx|golden\.json)|"
     r"churn_service/\w+\.py|churn_assets/(contract/)?\w+\.py)"
 )
@@ -205,56 +220,134 @@ def test_a_bento_is_asked_for_a_prediction_whose_answer_is_known(
 CONFIG = """
 source: {kind: shop}
 calendar: {start: 2024-01-01}
-serving: {max_age_hours: 12, when_stale: flag}
+serving: {max_age_hours: 12, when_stale: flag, prediction_log: {durability: power}}
 """
 
 
-def test_what_is_in_production_is_waited_for_served_with_the_online_store_and_stopped(
-    bento: Bento, store: Path, tmp_path: Path
-) -> None:
-    port = free_port()
+@dataclass
+class Foreground:
+    """A running `churn serve`."""
+
+    home: Home
+    process: subprocess.Popen[str]
+    url: str
+    step: int = 0
+
+    def point(self, tag: str, release_id: str, version: str) -> None:
+        self.step += 1
+        point_at(self.home.current, Current(tag, release_id, version, self.step, NOON))
+
+    def told(self, *words: str) -> str:
+        """The next line it writes that has all of `words`."""
+        assert self.process.stdout
+        return next(line for line in self.process.stdout if all(word in line for word in words))
+
+    def health(self) -> dict:
+        return json.loads(_get(self.url, "/health"))
+
+
+@pytest.fixture
+def foreground(store: Path, tmp_path: Path) -> Generator[Foreground]:
+    """`churn serve` in a home with the bento, and nothing in Production."""
+    shutil.copytree(store, tmp_path / "bentoml")
     (tmp_path / "churn.yaml").write_text(CONFIG)
+    port = free_port()
     own = {"CHURN_HOME": str(tmp_path), "CHURN_CONFIG": str(tmp_path / "churn.yaml")}
-    foreground = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "churn_assets", "serve", "--port", str(port)],
         cwd=PROJECT_ROOT, env=os.environ | own,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert foreground.stdout
-    with foreground, foreground.stdout:
-        assert "nothing is in Production yet" in foreground.stdout.readline()
-        shutil.copytree(store, tmp_path / "bentoml")
-        point_at(Home(tmp_path).current, Current(bento.tag, "release", "3", 1, NOON))
-        for line in foreground.stdout:
-            if f"{bento.tag} answers at http://127.0.0.1:{port}/predict" in line:
-                break
-        url = f"http://127.0.0.1:{port}"
-        assert ask(url, {name: VALID[name] for name in ("customer_id", *THREE)}).status == 200
-        assert ask(url, {"customer_id": "c-1"}).status == 503
-        write(tmp_path / "feast" / "online.db", *content(cutoffs={"c-1": CUTOFF - 13 * HOUR}))
-        by_id = until(lambda: [a for a in [ask(url, {"customer_id": "c-1"})] if a.status == 200])
-        assert by_id[0].json()["stale"] is True
-        # What cannot be served is told, and what serves goes on serving.
-        point_at(Home(tmp_path).current, Current("churn:gone", "release", "4", 2, NOON))
-        said = next(line for line in foreground.stdout if "churn:gone" in line)
-        assert f"{bento.tag} goes on serving" in said
-        broken = bento.path.with_name("broken")
-        broken = Path(shutil.copytree(bento.path, tmp_path / broken.relative_to(store.parent)))
-        (broken / "src" / "release" / MODEL).write_bytes(b"half")
-        point_at(Home(tmp_path).current, Current("churn:broken", "release", "4", 3, NOON))
-        said = next(line for line in foreground.stdout if "goes on serving" in line)
-        assert "model.onnx was changed" in said
-        assert ask(url, {"customer_id": "c-1"}).status == 200
-        Home(tmp_path).current.write_text("{")
-        said = next(line for line in foreground.stdout if "does not say what serves" in line)
-        assert f"{bento.tag} goes on serving" in said
-        assert ask(url, {"customer_id": "c-1"}).status == 200
-        started = family(foreground.pid)
+    assert process.stdout
+    with process, process.stdout:
+        yield Foreground(Home(tmp_path), process, f"http://127.0.0.1:{port}")
+        started = family(process.pid)
         assert len(started) >= 2
-        foreground.terminate()
-        foreground.communicate(timeout=PATIENCE_S)
-    assert foreground.returncode == 128 + 15
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + 15
     assert wait_until_gone(started) == []
+
+
+def test_what_is_in_production_is_waited_for_served_and_followed(
+    foreground: Foreground,
+    bento: Bento,
+    model_of_three: Model,
+    release_of_three: Release,
+    tmp_path: Path,
+) -> None:
+    url, three = foreground.url, release_of_three.manifest
+    body = {name: VALID[name] for name in ("customer_id", *THREE)}
+    foreground.told("nothing is in Production yet")
+    foreground.point(bento.tag, three.release_id, "3-features")
+    foreground.told(f"{bento.tag} answers at {url}/predict")
+    first = foreground.health()
+    assert (first["bento"], first["release_refused"]) == (bento.tag, None)
+    assert ask(url, body).status == 200
+    assert ask(url, {"customer_id": "c-1"}).status == 503
+    write(tmp_path / "feast" / "online.db", *content(cutoffs={"c-1": CUTOFF - 13 * HOUR}))
+    by_id = until(lambda: [a for a in [ask(url, {"customer_id": "c-1"})] if a.status == 200])
+    assert by_id[0].json()["stale"] is True
+    log = foreground.health()["prediction_log"]
+    assert (log["store"], log["durability"]) == (str(foreground.home.prediction_log), "power")
+    kept = stored(foreground.home.prediction_log)
+    assert len(kept) == log["rows_waiting"] > 1
+    assert (kept[-1].bento, kept[-1].model_version, kept[-1].stale) == (
+        bento.tag,
+        "3-features",
+        True,
+    )
+    assert kept[-1].cutoff == (CUTOFF - 13 * HOUR).timestamp() * 1e6
+
+    # Another release with the same code is swapped to; its bento is not even looked for.
+    other = release_of(model_of_three, foreground.home.releases, "8").manifest
+    code = bento.tag.rpartition("-")[2]
+    foreground.point(f"churn:{other.release_id}-{code}", other.release_id, "8")
+    foreground.told(f"{other.release_id} is served from now on")
+    health = until(lambda: [h for h in [foreground.health()] if h["version"] == "8"])[0]
+    assert (health["bento"], health["release_id"]) == (bento.tag, other.release_id)
+    assert (health["worker"], health["started_at"]) == (first["worker"], first["started_at"])
+
+    # What cannot be served is told, and what serves goes on serving.
+    damaged = release_of(model_of_three, foreground.home.releases, "9")
+    (damaged.directory / MODEL).write_bytes(b"half")
+    refused = damaged.manifest.release_id
+    foreground.point(f"churn:{refused}-{code}", refused, "9")
+    foreground.told(f"refused release {refused}", MODEL, f"{other.release_id} goes on serving")
+    foreground.point("churn:gone", other.release_id, "8")
+    foreground.told("there is no bento churn:gone", f"{bento.tag} goes on serving")
+    broken = foreground.home.bentoml / "bentos" / "churn" / "broken"
+    shutil.copytree(bento.path, broken)
+    (broken / "src" / "release" / MODEL).write_bytes(b"half")
+    foreground.point("churn:broken", other.release_id, "8")
+    foreground.told("model.onnx was changed", f"{bento.tag} goes on serving")
+    foreground.home.current.write_text("{")
+    foreground.told("does not say what serves", f"{bento.tag} goes on serving")
+    assert ask(url, body).json()["model_version"] == "8"
+
+    # Other code takes the place of the one that runs, with the release the pointer names.
+    newer = f"{three.release_id}-00000000"
+    shutil.copytree(bento.path, broken.with_name(newer))
+    description = (broken.with_name(newer) / "bento.yaml").read_text()
+    description = description.replace(bento.path.name, newer)
+    (broken.with_name(newer) / "bento.yaml").write_text(description)
+    foreground.point(f"churn:{newer}", other.release_id, "8")
+    foreground.told(f"churn:{newer} answers at {url}/predict")
+    health = foreground.health()
+    assert (health["bento"], health["release_id"]) == (f"churn:{newer}", other.release_id)
+    assert health["worker"] != first["worker"]
+
+    # A worker starts again although its bento has gone.
+    shutil.rmtree(broken.with_name(newer))
+    os.kill(health["worker"], signal.SIGKILL)
+    assert until(lambda: _answer(url, body)).json()["model_version"] == "8"
+
+
+def _answer(url: str, body: dict) -> Answer | None:
+    try:
+        return ask(url, body)
+    except UserError:
+        return None
 
 
 LOAD = """

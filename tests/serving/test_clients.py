@@ -156,12 +156,15 @@ GARBAGE = [
     b"POST /predict HTTP/1.1\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n12345",
     b"POST /predict HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n12345",
     b"POST /predict HTTP/1.1\r\nhead er: x\r\n\r\n",
+    b"POST /predict HTTP/1.1\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n",
+    b"POST /pr\xffedict HTTP/1.1\r\n\r\n",
+    b"POST http://[ HTTP/1.1\r\n\r\n",
     b"\r\n\r\n\x00",
     bytes(range(255, 0, -1)),
 ]
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:60]))
 def test_what_is_not_http_is_refused(service: Service, garbage: bytes) -> None:
     with service.connect() as connection:
         connection.sendall(garbage)

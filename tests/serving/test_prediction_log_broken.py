@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from log_cases import Client, answered, stored
 from online_cases import until
-from serving_cases import SERVICE, VALID
+from serving_cases import PATIENCE_S, SERVICE, VALID
 
 from churn_assets.contract.release import Release
 from churn_assets.contract.request import Refusal
@@ -91,10 +91,10 @@ class Kept:
         # One event loop for all of it, as in a service.
         self.loop = asyncio.Runner()
 
-    def keep(self, name: str) -> bool:
-        """Whether a prediction of that name could be answered."""
+    def keep(self, name: str, rows: int = 1) -> bool:
+        """Whether predictions of that name could be answered."""
         try:
-            self.loop.run(self.log.keep([answered(name)]))
+            self.loop.run(self.log.keep([answered(name)] * rows))
         except Refusal as refusal:
             self.refused_with = refusal.status, refusal.retry_after
             return False
@@ -215,9 +215,10 @@ def test_a_log_that_is_broken_leaves_no_file_of_each_attempt(
 ):
     monkeypatch.setattr(log_files, "RETRY_SECONDS", 0)
     log = kept(directory=disk / "log")
+    assert log.health().usable
     fill(disk)
     for number in range(20):
-        assert not log.keep(str(number))
+        assert not log.keep(str(number), rows=100)
     assert not list(log.directory.iterdir())
 
 
@@ -287,10 +288,11 @@ def test_what_arrives_during_a_commit_is_in_the_next_one():
         tasks = [asyncio.create_task(keep) for keep in first]
         await asyncio.sleep(0.01)
         later = [asyncio.create_task(log.keep([answered(str(n)), answered("x")])) for n in range(4)]
-        given_up = later.pop()
+        given_up = later.pop(0)
         await asyncio.sleep(0)
         given_up.cancel()
-        await asyncio.gather(*tasks, *later)
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*tasks, *later)
 
     asyncio.run(together())
     log.close()

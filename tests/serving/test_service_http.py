@@ -81,6 +81,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
     started_at = datetime.fromisoformat(health.pop("started_at"))
     assert started_at.tzinfo is not None
     assert started_at <= datetime.now(UTC)
+    assert health.pop("worker") > 0
     assert health.pop("prediction_log")["usable"]
     assert health == {
         "status": "healthy",
@@ -89,6 +90,7 @@ def test_health_says_what_is_served(client: Client, release: Release) -> None:
         "release_id": release.manifest.release_id,
         "bento": None,
         "features": [feature.name for feature in FEATURES],
+        "release_refused": None,
         "online_store": None,
         "api_keys": None,
         "trial": None,

@@ -88,8 +88,6 @@ if HttpToolsProtocol is not None:
 
         head_seconds = HEAD_SECONDS
         _timer: asyncio.TimerHandle | None = None
-        _unfinished = False
-        _in_head = False
         _head_bytes = 0
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -105,38 +103,20 @@ if HttpToolsProtocol is not None:
         def data_received(self, data: bytes) -> None:
             """A part of a request, most often a whole one."""
             super().data_received(data)
-            if not self._unfinished:
-                if self._timer is not None:
-                    self._stop_timer()
-                return
-            if self._in_head:
+            cycle = self.cycle
+            if cycle is None or cycle.scope is not self.scope:
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES:
                     message = f"must have a head of at most {MAX_HEAD_BYTES} bytes"
                     self._hang_up(Refusal(431, "request", message))
                     return
-            elif not self.cycle.response_complete:
-                # The endpoint reads a body and has its own limits.
-                self._stop_timer()
+            elif not (cycle.more_body and cycle.response_complete):
+                # All is here, or the endpoint reads the body, within limits of its own.
+                if self._timer is not None:
+                    self._stop_timer()
                 return
             if self._timer is None:
                 self._timer = self.loop.call_later(self.head_seconds, self._too_slow)
-
-        def on_message_begin(self) -> None:
-            """The first byte of a request."""
-            super().on_message_begin()
-            self._unfinished = self._in_head = True
-            self._head_bytes = 0
-
-        def on_headers_complete(self) -> None:
-            """The end of its head."""
-            self._in_head = False
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            """The end of its body."""
-            self._unfinished = False
-            super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             """Answer what is not HTTP, and hang up."""
@@ -144,11 +124,11 @@ if HttpToolsProtocol is not None:
 
         def _too_slow(self) -> None:
             self._timer = None
-            if self._in_head:
+            refusal = None
+            if self._head_bytes:
                 message = f"must have a head that arrives within {self.head_seconds:g} s"
-                self._hang_up(Refusal(408, "request", message))
-            else:
-                self._hang_up(None)
+                refusal = Refusal(408, "request", message)
+            self._hang_up(refusal)
 
         def _hang_up(self, refusal: Refusal | None) -> None:
             """Close the connection, with this answer; after an earlier request got its own."""
@@ -166,6 +146,7 @@ if HttpToolsProtocol is not None:
             self.transport.close()
 
         def _stop_timer(self) -> None:
+            self._head_bytes = 0
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

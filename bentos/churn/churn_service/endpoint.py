@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -37,8 +38,9 @@ from churn_assets.contract.response import (
 from churn_service.access import CHALLENGE, Access, Caller, access
 from churn_service.bodies import Message, Receive, Send, read_body
 from churn_service.fast_lane import PATHS
+from churn_service.follower import Follower
 from churn_service.metrics import Metrics
-from churn_service.online import ONLINE_VARIABLE, OnlineStore, online_store
+from churn_service.online import ONLINE_VARIABLE, online_store
 from churn_service.prediction_log import NotLogged, PredictionLog, prediction_log
 from churn_service.served import BatchRow, Scored, Served
 from churn_service.traffic import Limits, Traffic
@@ -49,24 +51,27 @@ NOT_STARTED = Refusal(503, "server", "is starting: try again", retry_after=1)
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
 # How old the figures of the prediction log in /metrics may be.
-LOG_SECONDS = 1.0
+LOG_SECONDS = 2.0
 
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
 
 
 class Endpoint:
-    """The ASGI application. Until `start` it answers 503."""
+    """The ASGI application. Until `start` it answers 503.
+
+    `follower` is who replaces what is served, where the service follows a pointer.
+    """
 
     served: Served
     metrics: Metrics
     started_at: datetime
-    online: OnlineStore | None
     access: Access | None
 
     def __init__(self, lane: LaneHealth, limits: Limits) -> None:
         self._lane, self._limits = lane, limits
         self.started = False
+        self.follower: Follower | None = None
         self._batches = ThreadPoolExecutor(1, "batch")
         self._log: PredictionLog = NotLogged()
         self._looks_at_log: asyncio.Task[None] | None = None
@@ -74,7 +79,7 @@ class Endpoint:
 
     def start(self, served: Served) -> None:
         """Serve `served` from now on, with the online store and the log the environment names."""
-        self.online = online_store(served.manifest.features)
+        served.online = online_store(served.manifest.features)
         self.access = access(os.environ)
         self.metrics = Metrics(PATHS)
         self._traffic = Traffic(self._limits, self._show)
@@ -82,6 +87,9 @@ class Endpoint:
         self.served, self.started_at = served, datetime.now(UTC)
         self.metrics.serves(served.manifest, served.bento)
         self.started = True
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            self._traffic.watch()
 
     def _show(self, in_progress: int) -> None:
         """Bring the metrics that are no counts up to date."""
@@ -95,6 +103,20 @@ class Endpoint:
         except Exception:
             logger.exception("the prediction log cannot be looked at")
         await asyncio.sleep(LOG_SECONDS)
+
+    def replace(self, served: Served) -> None:
+        """Serve `served` from the next request on; those being answered keep what they began with.
+
+        To be called on the event loop.
+        """
+        if served.manifest.features == self.served.manifest.features:
+            served.online = self.served.online
+        else:
+            served.online = online_store(served.manifest.features)
+        self.served = served
+        # Else it would keep what is replaced.
+        self._described = (None, b"")
+        self.metrics.serves(served.manifest, served.bento)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; nothing but JSON leaves here."""
@@ -141,10 +163,11 @@ class Endpoint:
             elif path == "/health":
                 if method not in ("GET", "HEAD"):
                     raise WrongMethod(path, "GET, HEAD")
-                online = await self.online.health() if self.online else None
-                health = self.served.health(
+                served = self.served
+                health = served.health(
                     self.started_at,
-                    online=online,
+                    refused=self.follower.refused if self.follower else None,
+                    online=await served.online.health() if served.online else None,
                     log=await self._log.health(),
                     lane=self._lane,
                     keys=self.access.health() if self.access else None,
@@ -177,7 +200,7 @@ class Endpoint:
         await _answer(send, status, answer, headers)
 
     def _document(self, served: Served) -> bytes:
-        by_id = self.online is not None
+        by_id = served.online is not None
         made_of, document = self._described
         if made_of is not served:
             keys = self.access is not None
@@ -187,9 +210,9 @@ class Endpoint:
 
     async def _predict_by_id(self, served: Served, request: CustomerRequest) -> Scored:
         """The answer to a request by id alone. Raises Refusal."""
-        if self.online is None:
+        if served.online is None:
             raise served.decoder.features_needed(NO_ONLINE_STORE)
-        (found,) = await self.online.find([request.customer_id])
+        (found,) = await served.online.find([request.customer_id])
         if isinstance(found, Refusal):
             raise found
         return served.predict_stored(request.customer_id, found)
@@ -212,11 +235,11 @@ class Endpoint:
             caller.spend_more(len(requests) - 1)
         ids = [r.customer_id for r in requests if isinstance(r, CustomerRequest)]
         found: list[Found | Refusal] = []
-        if ids and self.online is None:
+        if ids and served.online is None:
             found = [served.decoder.features_needed(NO_ONLINE_STORE)] * len(ids)
-        elif ids and self.online is not None:
+        elif ids and served.online is not None:
             try:
-                found = await self.online.find(ids)
+                found = await served.online.find(ids)
             except Refusal as refusal:
                 if len(ids) == len(requests):
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -21,10 +22,12 @@ from churn_assets.contract.response import (
     LogHealth,
     OnlineHealth,
     Prediction,
+    RefusedRelease,
     StoredPrediction,
     predict,
     predict_stored,
 )
+from churn_service.online import OnlineStore
 from churn_service.trial import Scores, Trial
 
 
@@ -101,9 +104,13 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 
 
 class Served:
-    """A verified release with everything made from it: replaced as one, or not at all."""
+    """A verified release with everything made from it: replaced as one, or not at all.
+
+    `online` is where its features are looked up: set before it answers anything.
+    """
 
     def __init__(self, release: Release):
+        self.online: OnlineStore | None = None
         self.manifest = release.manifest
         self.decoder = RequestDecoder(release.manifest.features)
         self.model = OnnxModel(release.model, len(release.manifest.features))
@@ -168,6 +175,7 @@ class Served:
         self,
         started_at: datetime,
         *,
+        refused: RefusedRelease | None,
         online: OnlineHealth | None,
         log: LogHealth,
         lane: LaneHealth,
@@ -183,6 +191,8 @@ class Served:
             bento=self.bento,
             features=manifest.feature_names,
             started_at=started_at,
+            worker=os.getpid(),
+            release_refused=refused,
             online_store=online,
             api_keys=keys,
             lane=lane,

@@ -10,9 +10,9 @@ from opentelemetry.propagators.textmap import TextMapPropagator
 
 
 def ignore_trace_headers() -> None:
-    """Read no `traceparent`: BentoML's instrumentation answers 500 to one with a backslash in it.
+    """Read no `traceparent`: BentoML's instrumentation answers 500 to some that are not UTF-8.
 
-    It takes the header's bytes for Python escapes. Nothing here exports traces.
+    What is not UTF-8 it takes for Python escapes. Nothing here exports traces.
     """
     set_global_textmap(_NoPropagation())
 

@@ -24,6 +24,7 @@ import bentoml
 from churn_assets.contract.release import ReleaseError, read_release
 from churn_service.access import access
 from churn_service.connections import allow_many_connections, head_seconds
+from churn_service.container import check_log_outlives_container
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import choose_lane, service_options
 from churn_service.follower import Follower
@@ -93,6 +94,7 @@ class Churn:
             Follower.from_environment(os.environ)
             access(os.environ)
             head_seconds(os.environ)
+            check_log_outlives_container(os.environ)
             prediction_log(os.environ).close()
         except ReleaseError as error:
             raise _refused_start(error) from None

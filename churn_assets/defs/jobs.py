@@ -102,8 +102,9 @@ trial = dg.define_asset_job(
     description="Judge the version on trial by what has become known of its predictions.",
 )
 # What is not there yet is there an hour later; two passes at once would refuse each other.
-prediction_log = dg.define_asset_job(
-    "prediction_log",
+# A job may not be called like an asset: a code server would refuse both.
+ingest_predictions = dg.define_asset_job(
+    "ingest_predictions",
     selection=dg.AssetSelection.assets("prediction_log"),
     tags={"churn/exclusive": "prediction_log"},
     description="Bring what services answered from their log into the lake.",
@@ -157,7 +158,7 @@ JOBS = [
     start_trial,
     stop_trial,
     drift,
-    prediction_log,
+    ingest_predictions,
     trial,
     clean_archive,
 ]

@@ -320,7 +320,7 @@ def run_everything(home: Home) -> None:
 
 def _ingest_log(launcher: Launcher) -> None:
     try:
-        launcher.run("log", "prediction_log").require()
+        launcher.run("log", "ingest_predictions").require()
     except UserError as error:
         # The hourly pass of `make up` may be at it; what is not in the lake yet stays in the log.
         print(f"  {error}; the next pass brings it in", flush=True)

@@ -183,7 +183,8 @@ def trial_schedule(
 
 
 prediction_log_schedule = dg.ScheduleDefinition(
-    job=jobs.prediction_log,
+    name="prediction_log_schedule",
+    job=jobs.ingest_predictions,
     cron_schedule=cron("prediction_log"),
     execution_timezone=ZONE,
     default_status=ON,

@@ -11,13 +11,14 @@ import os
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT, Home
-from churn_assets.lifecycle.bento import Bento
+from churn_assets.lifecycle.bento import Bento, code_of
 from churn_assets.lifecycle.container import Image, build_image, find_image, image_reference
 from churn_assets.lifecycle.docker import deploy_container
 from churn_assets.lifecycle.kubernetes import roll_out
@@ -125,7 +126,7 @@ def _deploy_here(record: BentoRecord, home: Home, timeout: float) -> tuple[str, 
         return "no service of this home is running; `make up` starts one with it", None
     deadline = time.monotonic() + timeout
     previous, health = None, ask_health(running.url)
-    while health is None or health.get("release_id") != record.release_id:
+    while not _serves(health, record):
         if health is not None:
             previous = previous or health.get("release_id")
             refused = health.get("release_refused") or {}
@@ -139,14 +140,23 @@ def _deploy_here(record: BentoRecord, home: Home, timeout: float) -> tuple[str, 
         if newer := _superseded_by(record, home):
             return f"left alone: {newer} is in Production now", previous
         if time.monotonic() > deadline:
-            served = f"still serves {previous}" if previous else "does not answer"
+            served = "does not answer"
+            if health is not None:
+                served = f"still serves {health.get('release_id')} as {health.get('bento')}"
             raise UserError(
                 f"after {timeout:.0f} s the service at {running.url} {served}, not "
-                f"{record.release_id}; its log says why"
+                f"{record.release_id} as {record.tag}; its log says why"
             )
         time.sleep(POLL_S)
         health = ask_health(running.url)
     return f"{running.url} answers from it", previous
+
+
+def _serves(health: dict[str, Any] | None, record: BentoRecord) -> bool:
+    """Whether a service answers from the release of `record`, with the code of its bento."""
+    if health is None or health.get("release_id") != record.release_id:
+        return False
+    return code_of(health.get("bento") or "") == code_of(record.tag)
 
 
 def _image(bento: Bento, settings: ImageSettings) -> Image:

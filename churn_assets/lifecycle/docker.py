@@ -30,11 +30,17 @@ LOG_VARIABLE = "CHURN_PREDICTION_LOG"
 UNLOGGED = "off"
 SWITCH_TIMEOUT_S = 60
 POLL_S = 0.1
+# A free port may be somebody else's a second later.
+TRIES = 3
 
 _OF = "churn.deployment"
 _BENTO = "churn.bento"
 _URL = "churn.url"
 _PORT_INSIDE = 3000
+
+
+class PortTaken(UserError):
+    """Somebody else had the port by the time a container wanted it."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,20 @@ def containers(name: str) -> list[Container]:
 
 def _try_out(bento: Bento, image: Image, release: Release, settings: DockerSettings) -> None:
     """Start the image apart and ask it for a golden prediction. Raises UserError."""
-    with contextlib.ExitStack() as at_the_end:
-        name, url = _start(bento, image, settings, free_port(), trial=True)
-        at_the_end.callback(_remove, name)
-        _wait_until_ready(name, url, settings.start_timeout_s, bento)
-        fits, reason = ask_golden(url, release)
-        if not fits:
-            raise UserError(f"the container of {bento.tag} {reason}")
+    for attempt in range(1, TRIES + 1):
+        with contextlib.ExitStack() as at_the_end:
+            try:
+                name, url = _start(bento, image, settings, free_port(), trial=True)
+                at_the_end.callback(_remove, name)
+                _wait_until_ready(name, url, settings.start_timeout_s, bento)
+            except PortTaken:
+                if attempt == TRIES:
+                    raise
+                continue
+            fits, reason = ask_golden(url, release)
+            if not fits:
+                raise UserError(f"the container of {bento.tag} {reason}")
+            return
 
 
 def _beside(
@@ -208,7 +221,9 @@ def _start(
     done = engine(*command, image.id, environment=environment)
     if done.returncode:
         _remove(name)
-        raise UserError(f"the container of {bento.tag} cannot be started: {last_line(done)}")
+        raise _kind(done.stderr)(
+            f"the container of {bento.tag} cannot be started: {last_line(done)}"
+        )
     return name, url
 
 
@@ -228,7 +243,8 @@ def _wait_until_ready(name: str, url: str, timeout: float, bento: Bento | None =
     while not _is_ready(url):
         state = (_inspect(name) or {}).get("State", {})
         if not state.get("Running") or state.get("Restarting"):
-            raise UserError(f"the container {name} stopped: {_last_words(name)}")
+            said = _last_words(name)
+            raise _kind(said)(f"the container {name} stopped: {said}")
         if time.monotonic() > deadline:
             raise UserError(
                 f"the container {name} was not ready within {timeout:.0f} s: {_last_words(name)}"
@@ -236,6 +252,12 @@ def _wait_until_ready(name: str, url: str, timeout: float, bento: Bento | None =
         time.sleep(POLL_S)
     if bento is not None and (served := _served(url)) != bento.tag:
         raise UserError(f"{url} answers as {served}, not as {bento.tag}; who else listens there?")
+
+
+def _kind(said: str) -> type[UserError]:
+    """The error for what an engine or a container said."""
+    taken = ("address already in use", "port is already allocated")
+    return PortTaken if any(words in said.lower() for words in taken) else UserError
 
 
 def _is_ready(url: str) -> bool:
@@ -271,7 +293,7 @@ def _last_words(name: str) -> str:
 def _stop(name: str, settings: DockerSettings) -> None:
     """Let it finish what it has begun, for as long as the settings give it."""
     seconds = settings.stop_timeout_s
-    engine("stop", "--time", str(seconds), name, timeout=seconds + 30)
+    engine("stop", "-t", str(seconds), name, timeout=seconds + 30)
 
 
 def _remove(name: str) -> None:

@@ -46,7 +46,7 @@ class DockerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "churn"
     host: str = "127.0.0.1"
-    port: int = 3001
+    port: int = 3003
     network: str | None = None
     memory: str = "1g"
     volumes: tuple[str, ...] = ("churn-predictions:/data",)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import socket
 import subprocess
+
+from churn_assets.lifecycle.serving import HOST
 
 BASE = "python:3.11-slim"
 # A build is told of this as of an index; no trace of it may be in the image.
@@ -18,6 +23,15 @@ def docker(*arguments: str, check: bool = True) -> str:
 
 def inspected(name: str) -> dict:
     return json.loads(docker("inspect", name))[0]
+
+
+def quiet_port() -> int:
+    """A free port that nobody who asks for any is given; a container takes seconds to bind it."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def hardened(network: str | None, host: str, port: int) -> list[str]:

@@ -10,16 +10,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engine_cases import docker
+from engine_cases import TOLD_TO_THE_BUILD, docker, quiet_port
 from serving_cases import VALID, Model, release_of
 
+from churn_assets.contract.release import read_release
 from churn_assets.errors import UserError
-from churn_assets.home import PROJECT_ROOT
+from churn_assets.home import PROJECT_ROOT, Home
 from churn_assets.lifecycle.bento import Bento, build_bento
 from churn_assets.lifecycle.container import Image, build_image
+from churn_assets.lifecycle.deployment import deploy
 from churn_assets.lifecycle.docker import containers, deploy_container
-from churn_assets.lifecycle.serving import ask, ask_health, free_port
-from churn_assets.lifecycle.targets import DockerSettings, ImageSettings
+from churn_assets.lifecycle.pointer import Current, point_at
+from churn_assets.lifecycle.records import BentoRecord
+from churn_assets.lifecycle.serving import ask, ask_health
+from churn_assets.lifecycle.targets import DeploymentSettings, DockerSettings, ImageSettings
 
 pytestmark = pytest.mark.image
 
@@ -36,7 +40,7 @@ def next_bento(model: Model, store: Path, tmp_path_factory: pytest.TempPathFacto
 def next_image(next_bento: Bento, image: Image, image_settings: ImageSettings) -> Generator[Image]:
     """Another release: after the first image, its packages are there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIP_TRUSTED_HOST", "registry-of-nobody.example")
+        patch.setenv("PIP_TRUSTED_HOST", TOLD_TO_THE_BUILD)
         built = build_image(next_bento, image_settings)
     yield built
     docker("rmi", "--force", built.reference, check=False)
@@ -45,7 +49,7 @@ def next_image(next_bento: Bento, image: Image, image_settings: ImageSettings) -
 @pytest.fixture
 def settings(name: str, network: str | None) -> DockerSettings:
     volumes = (f"{name}:/data",)
-    return DockerSettings(name=name, port=free_port(), network=network, volumes=volumes)
+    return DockerSettings(name=name, port=quiet_port(), network=network, volumes=volumes)
 
 
 def served_at(url: str) -> str | None:
@@ -73,6 +77,27 @@ def test_one_release_takes_the_place_of_another(
     assert docker("exec", second.container, "ls", "/data") != ""
     assert docker("ps", "--all", "--quiet", "--filter", "name=trial") == ""
     assert 0 < second.seconds_away < 30
+
+
+def test_the_target_builds_starts_and_tells(
+    bento: Bento,
+    image: Image,
+    image_settings: ImageSettings,
+    settings: DockerSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PIP_TRUSTED_HOST", TOLD_TO_THE_BUILD)
+    home, release = Home(tmp_path), read_release(bento.path / "src" / "release").manifest
+    point_at(home.current, Current(bento.tag, release.release_id, "7", 1, release.created_at))
+    record = BentoRecord(bento.tag, str(bento.path), "7", release.release_id, {}, {}, 1.0)
+    wanted = DeploymentSettings(target="docker", image=image_settings, docker=settings)
+    done = deploy(record, home, wanted)
+    assert (done.target, done.bento, done.previous) == ("docker", bento.tag, None)
+    # The same image, layer for layer.
+    assert (done.image, done.digest) == (image.reference, image.id)
+    assert done.said.endswith(f"answers at http://127.0.0.1:{settings.port}/predict")
+    assert deploy(record, home, wanted).said == f"{done.said}, as before"
 
 
 def test_what_does_not_start_is_undone(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from engine_cases import TOLD_TO_THE_BUILD, docker, hardened, inspected
+from engine_cases import TOLD_TO_THE_BUILD, docker, hardened, inspected, quiet_port
 from serving_cases import PATIENCE_S, VALID, Model
 
 from churn_assets.contract.features import FEATURE_NAMES
@@ -19,7 +19,7 @@ from churn_assets.contract.logged import FILE_SUFFIX
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.bento import Bento
 from churn_assets.lifecycle.container import Image, build_image
-from churn_assets.lifecycle.serving import HOST, ask, ask_health, free_port
+from churn_assets.lifecycle.serving import HOST, ask, ask_health
 from churn_assets.lifecycle.targets import ImageSettings
 
 pytestmark = pytest.mark.image
@@ -51,7 +51,7 @@ def wait_for(tell: Callable[[], object], name: str) -> None:
 @pytest.fixture
 def served(image: Image, name: str, network: str | None) -> Served:
     """The image run as an operator would."""
-    port = free_port()
+    port = quiet_port()
     options = hardened(network, HOST, port)
     docker("run", "-d", "--name", name, *options, "-e", "CHURN_PREDICTION_LOG=off", image.id)
     served = Served(name, port)
@@ -152,7 +152,7 @@ def test_sigterm_ends_it_when_the_requests_are_answered(served: Served) -> None:
 
 
 def stopping(name: str) -> subprocess.Popen:
-    return subprocess.Popen(["docker", "stop", "--time", str(PATIENCE_S), name])
+    return subprocess.Popen(["docker", "stop", "-t", str(PATIENCE_S), name])
 
 
 def test_a_base_image_that_cannot_be_had_is_said(bento: Bento, image_settings: ImageSettings):
@@ -171,7 +171,7 @@ for file in pathlib.Path("/data").glob("**/*{FILE_SUFFIX}"):
 def test_what_it_answered_is_in_the_volume_when_it_is_killed(
     image: Image, name: str, network: str | None
 ) -> None:
-    port = free_port()
+    port = quiet_port()
     kept = ["--volume", f"{name}:/data", "-e", "CHURN_PREDICTION_LOG=/data"]
     docker("run", "-d", "--name", name, *hardened(network, HOST, port), *kept, image.id)
     served = Served(name, port)
@@ -187,7 +187,7 @@ def test_what_it_answered_is_in_the_volume_when_it_is_killed(
 def test_without_a_place_for_its_log_it_does_not_start(
     image: Image, name: str, network: str | None, told: list[str]
 ) -> None:
-    options = [*hardened(network, HOST, free_port()), *told]
+    options = [*hardened(network, HOST, quiet_port()), *told]
     docker("run", "-d", "--name", name, *options, image.id)
     wait_for(lambda: None if inspected(name)["State"]["Running"] else True, name)
     assert inspected(name)["State"]["ExitCode"] != 0

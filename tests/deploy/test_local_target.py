@@ -28,7 +28,12 @@ LOCAL = DeploymentSettings()
 
 
 def record(release: str) -> BentoRecord:
-    return BentoRecord(f"churn:{release}", "/nowhere", "2", release, {}, {}, 1.0)
+    return BentoRecord(f"churn:{release}-c0de", "/nowhere", "2", release, {}, {}, 1.0)
+
+
+def health(release: str, code: str = "c0de") -> dict[str, Any]:
+    # The bento names the code that runs; the release it serves need not be the one baked in.
+    return {"release_id": release, "bento": f"churn:v0-{code}", "release_refused": None}
 
 
 def point(home: Home, release: str) -> None:
@@ -79,7 +84,7 @@ def test_without_a_service_it_says_so(home: Home) -> None:
 
 
 def test_the_running_service_is_waited_for(home: Home, service: Service) -> None:
-    service.says = [{"release_id": "v1"}, {"release_id": "v1"}, {"release_id": "v2"}]
+    service.says = [health("v1"), health("v2", "0ther"), health("v2")]
     with announced(home, service.url):
         done = deploy(record("v2"), home, LOCAL)
         assert (done.said, done.previous) == (f"{service.url} answers from it", "v1")
@@ -90,16 +95,18 @@ def test_the_running_service_is_waited_for(home: Home, service: Service) -> None
 
 def test_what_the_service_refuses_fails(home: Home, service: Service) -> None:
     refused = {"release_id": "v2", "reason": "model.onnx was changed"}
-    service.says = [{"release_id": "v1", "release_refused": refused}]
+    service.says = [health("v1") | {"release_refused": refused}]
     with (
         announced(home, service.url),
         pytest.raises(UserError, match=r"refuses v2: model\.onnx was changed; it .* serving v1"),
     ):
         deploy(record("v2"), home, LOCAL)
-    service.says = [{"release_id": "v1", "release_refused": None}]
+    service.says = [health("v1")]
     with (
         announced(home, service.url),
-        pytest.raises(UserError, match=r"after 0 s .* still serves v1, not v2; its log says why"),
+        pytest.raises(
+            UserError, match=r"after 0 s .* still serves v1 as .*, not v2 as .*; its log says why"
+        ),
     ):
         deploy(record("v2"), home, LOCAL, swap_timeout_s=0.3)
 
@@ -110,7 +117,7 @@ def test_what_is_not_in_production_any_more_is_left_alone(home: Home, service: S
     assert done.said == "left alone: v3 is in Production now"
     # As well while the service is waited for.
     point(home, "v2")
-    service.says = [{"release_id": "v1"}]
+    service.says = [health("v1")]
     with announced(home, service.url):
         mover = threading.Timer(0.3, point, (home, "v3"))
         mover.start()

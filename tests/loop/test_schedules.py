@@ -13,6 +13,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+from churn_assets.definitions import defs
 from churn_assets.defs.launch import LAUNCHER, close_dead_server_runs
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, RecordIOManager
@@ -60,6 +61,11 @@ def test_many_days_are_one_run() -> None:
         "dagster/asset_partition_range_start": "2024-03-11",
         "dagster/asset_partition_range_end": "2024-03-14",
     }
+
+
+def test_a_code_server_takes_every_definition() -> None:
+    """It refuses a job that is called like an asset, which no other process minds."""
+    defs.get_repository_def().load_all_definitions()
 
 
 def test_everything_is_on() -> None:

@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ from serving_cases import BAD_BODIES, PATIENCE_S, SERVICE, VALID, Model, release
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.release import Release, ReleaseError, read_release
 from churn_assets.contract.response import LaneHealth, LogHealth
-from churn_assets.lifecycle.serving import serve
+from churn_assets.lifecycle.serving import serve, with_workers
 from churn_service.bodies import Message
 from churn_service.endpoint import Endpoint
 from churn_service.fast_lane import PATHS, FastLane, choose_lane
@@ -182,7 +183,7 @@ def test_metrics_count_exactly_what_was_sent(
     below = f"{int(probability * 20) / 20}"
     assert (more("churn_probability_bucket", above, "7"),) == (9,)
     assert (more("churn_probability_bucket", below, "7"),) == (0,)
-    assert after["churn_release_info", "", "7", release.manifest.release_id] == 1
+    assert after[serving(release)] == 1
     assert after["churn_requests_in_progress",] == 0
     assert after["churn_unlogged_predictions_total",] == 0
 
@@ -201,6 +202,49 @@ def test_metrics_tell_of_the_prediction_log(url: str) -> None:
     age = (datetime.now(UTC) - oldest).total_seconds()
     assert shown["churn_prediction_log_lag_seconds",] == pytest.approx(age, abs=PATIENCE_S)
     assert shown["churn_prediction_log_usable",] == 1
+
+
+def test_metrics_are_those_of_all_workers_alive(release: Release) -> None:
+    before = {process.pid for process in psutil.Process().children()}
+    with serve(SERVICE, release.directory, environment=with_workers(2)) as url:
+        (boss,) = [p for p in psutil.Process().children() if p.pid not in before]
+        until(lambda: counted(url)[serving(release)] == 2)
+        with ExitStack() as stack:
+            clients = [stack.enter_context(client(url)) for _ in range(20)]
+            for each in clients:
+                each.request("POST", "/predict", GOOD, JSON)
+            assert [each.getresponse().status for each in clients] == [200] * 20
+        predictions = ("churn_requests_total", "/predict", "200")
+        assert [counted(url)[predictions] for _ in range(10)] == [20] * 10
+        before_kill = boss.children()
+        next(p for p in before_kill if WORKER in " ".join(p.cmdline())).kill()
+        until(lambda: set(boss.children()) - set(before_kill))
+        (new,) = set(boss.children()) - set(before_kill)
+        until(lambda: any("gauge_live" in Path(file.path).name for file in new.open_files()))
+        until(lambda: counted(url)[serving(release)] == 2)
+        assert counted(url)[predictions] == 20
+
+
+WORKER = "_bentoml_impl.worker.service"
+
+
+def serving(release: Release) -> tuple[str, ...]:
+    return "churn_release_info", "", "7", release.manifest.release_id
+
+
+@contextmanager
+def client(url: str) -> Generator[http.client.HTTPConnection]:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=20)
+    yield connection
+    connection.close()
+
+
+def until(happens: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_unlogged_predictions_are_counted_once() -> None:
@@ -353,6 +397,8 @@ def test_not_ready_before_the_release_is_loaded(
     asyncio.run(check())
 
 
+# Each needs a BentoML that is imported, which warns.
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize(
     ("version", "fast"),
     [
@@ -374,10 +420,12 @@ def test_the_fast_lane_is_taken_with_the_versions_it_holds_for(version: str, fas
     assert not choose_lane({"CHURN_FAST_LANE": "off"}, version).fast
 
 
+@pytest.mark.usefixtures("service")
 def test_the_installed_bentoml_is_one_it_holds_for() -> None:
     assert choose_lane({}) == FAST
 
 
+@pytest.mark.usefixtures("service")
 def test_a_bentoml_without_the_way_in_has_no_fast_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bentoml, "service", lambda inner=None, **config: None)
     assert not choose_lane({}).fast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -50,7 +51,7 @@ NOT_STARTED = Refusal(503, "server", "is starting: try again", retry_after=1)
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}\Z")
 
 # How old the figures of the prediction log in /metrics may be.
-LOG_SECONDS = 1.0
+LOG_SECONDS = 2.0
 
 logger = logging.getLogger("bentoml.churn")
 _encode = msgspec.json.Encoder().encode
@@ -86,6 +87,9 @@ class Endpoint:
         self.served, self.started_at = served, datetime.now(UTC)
         self.metrics.serves(served.manifest, served.bento)
         self.started = True
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            self._traffic.watch()
 
     def _show(self, in_progress: int) -> None:
         """Bring the metrics that are no counts up to date."""

@@ -81,8 +81,8 @@ class Metrics:
         )
         self._waiting = Gauge(
             "churn_prediction_log_rows_waiting",
-            "Logged predictions that are not ingested",
-            multiprocess_mode="livesum",
+            "Logged predictions that are not ingested: of the worker with most, of all on a server",
+            multiprocess_mode="livemax",
             registry=registry,
         )
         self._lag_seconds = Gauge(

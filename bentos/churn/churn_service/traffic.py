@@ -70,6 +70,11 @@ class Traffic:
         self._given_up: dict[asyncio.Task[Any], Refusal] = {}
         self._looks: asyncio.TimerHandle | None = None
 
+    def watch(self) -> None:
+        """Begin to look after the requests; the first of them does so otherwise."""
+        if self._looks is None:
+            self._look()
+
     def read(self, task: asyncio.Task[Any]) -> None:
         """`task` begins to read a body."""
         if self._looks is None:
@@ -82,8 +87,6 @@ class Traffic:
         if len(self._answering) >= self._limits.max_concurrency:
             message = "answers as many requests as it may at once: try again"
             raise Refusal(429, "server", message, RETRY_SECONDS)
-        if self._looks is None:
-            self._look()
         self._answering[task] = monotonic()
 
     def leave(self, task: asyncio.Task[Any]) -> None:

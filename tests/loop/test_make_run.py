@@ -156,7 +156,7 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert prediction["latency_ms"] > 0
     assert summary["drift"]["verdict"] == "ok"
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
-    stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log"]
+    stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log", "trial"]
     assert list(summary["seconds"]) == stages
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 

@@ -189,7 +189,7 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.checks.values()) == {"SUCCEEDED"}
     assert seen.runs == [
         ("trial", "SUCCESS"),
-        ("prediction_log", "SUCCESS"),
+        ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
         ("promotion", "SUCCESS"),
         ("training", "SUCCESS"),
@@ -561,7 +561,7 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.bentos == resumed_run.seen.bentos
     assert refused_run.seen.runs[:4] == [
         ("trial", "SUCCESS"),
-        ("prediction_log", "SUCCESS"),
+        ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
         ("training", "FAILURE"),
     ]

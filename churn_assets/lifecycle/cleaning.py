@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.bento import BENTO_NAME
-from churn_assets.lifecycle.history import Evidence, Step
+from churn_assets.lifecycle.history import Evidence, Step, trials
 from churn_assets.lifecycle.pointer import Current, read_current
 from churn_assets.lifecycle.registry import (
     ARCHIVED_AT_TAG,
@@ -89,6 +89,7 @@ def plan_cleaning(
         else:
             going.append(number)
     releases = [registry.version(number).tags.get(RELEASE_TAG) for number in going]
+    releases += _of_trials(registry.history, going)
     return Cleaning(
         tuple(going),
         kept,
@@ -142,10 +143,21 @@ def _archived_at(version: Version) -> datetime | None:
 
 def _cleaned_before(history: Sequence[Step]) -> list[str]:
     """The releases of versions that were deleted; the history alone still knows them."""
-    return [
+    gone = [step for step in history if step.target == "Deleted"]
+    found = [
         str(step.evidence.figures[RELEASE_TAG])
-        for step in history
-        if step.target == "Deleted" and RELEASE_TAG in step.evidence.figures
+        for step in gone
+        if RELEASE_TAG in step.evidence.figures
+    ]
+    return found + _of_trials(history, {step.version for step in gone})
+
+
+def _of_trials(history: Sequence[Step], versions: Collection[str]) -> list[str]:
+    """The releases of trials that are over and had one of `versions`."""
+    return [
+        trial.release_id
+        for trial in trials(history)
+        if trial.until is not None and not {trial.champion, trial.challenger}.isdisjoint(versions)
     ]
 
 

@@ -293,7 +293,7 @@ def _last_words(name: str) -> str:
 def _stop(name: str, settings: DockerSettings) -> None:
     """Let it finish what it has begun, for as long as the settings give it."""
     seconds = settings.stop_timeout_s
-    engine("stop", "--time", str(seconds), name, timeout=seconds + 30)
+    engine("stop", "-t", str(seconds), name, timeout=seconds + 30)
 
 
 def _remove(name: str) -> None:

@@ -149,12 +149,13 @@ def lineage_of(client: MlflowClient, name: str, version: str, home: Home) -> Lin
 
 
 def _manifests(folder: Path, pattern: str, name: str, version: str) -> list[tuple[Path, Manifest]]:
-    """The manifests in `folder` that are of a version, oldest first."""
+    """The manifests in `folder` that have a version, in Production or on trial, oldest first."""
     found = []
     for path in folder.glob(pattern):
         with contextlib.suppress(msgspec.MsgspecError, OSError):
             manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-            if (manifest.model_name, manifest.model_version) == (name, version):
+            other = manifest.challenger.model_version if manifest.challenger else None
+            if manifest.model_name == name and version in (manifest.model_version, other):
                 found.append((path, manifest))
     return sorted(found, key=lambda item: (item[1].created_at, item[0]))
 

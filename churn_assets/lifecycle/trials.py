@@ -120,7 +120,7 @@ def start_trial(
         if registry.production != champion:
             raise UserError(f"version {registry.production} has come into Production; try again")
         evidence = Evidence("trial_begins", figures, incumbent=champion)
-        return _step(registry, version, version, who=who, why=why, evidence=evidence, now=now)
+        return trial_step(registry, version, version, who=who, why=why, evidence=evidence, now=now)
 
     take_step(client, name, planned, doing=f"a trial of version {version} of {name} was begun")
     begun = read_registry(client, name).trial
@@ -141,7 +141,9 @@ def stop_trial(client: MlflowClient, name: str, *, who: str, why: str, now: date
         if trial.id != going_on.id:
             raise UserError(f"another trial has begun: {trial.line()}; try again")
         evidence = Evidence("trial_ends", {"trial": trial.id}, incumbent=trial.champion)
-        return _step(registry, trial.challenger, None, who=who, why=why, evidence=evidence, now=now)
+        return trial_step(
+            registry, trial.challenger, None, who=who, why=why, evidence=evidence, now=now
+        )
 
     take_step(client, name, planned, doing=f"the trial {going_on.id} was ended")
     return going_on
@@ -224,7 +226,7 @@ def _check_may_start(registry: Registry, version: str) -> None:
         )
 
 
-def _step(
+def trial_step(
     registry: Registry,
     version: str,
     challenger: str | None,
@@ -234,7 +236,10 @@ def _step(
     evidence: Evidence,
     now: datetime,
 ) -> Step:
-    """The step after which the alias points to `challenger`; `version` stays in Staging."""
+    """The step after which the alias points to `challenger`; `version` stays in Staging.
+
+    Raises UserError without a name or a reason, and for a registry that contradicts itself.
+    """
     if not who.strip() or not why.strip():
         raise UserError("a trial begins and ends with a name and a reason; give both")
     check_agrees(registry)

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from churn_assets.contract.features import features_for
-from churn_assets.contract.logged import LOG_VARIABLE
+from churn_assets.contract.logged import DURABILITY_VARIABLE, LOG_VARIABLE, OFF
 from churn_assets.contract.release import Release
 from churn_assets.data.lake import Lake
 from churn_assets.home import PROJECT_ROOT
@@ -49,8 +49,11 @@ SECONDS = 4
 CUSTOMERS = 500
 METRICS = ("requests_per_second", "p50_ms", "p95_ms", "p99_ms", "cpu_us")
 OURS, FOREST = "ours", "ours-forest"
-PEERS = ("seed", "seed-async", "mlflow", "bare", "mount", "echo")
-SAME_MODEL = {OURS: ("bare", "mount"), FOREST: ("seed", "seed-async", "mlflow")}
+PEERS = ("seed", "seed-async", "mlflow", "bare", "mount", "unlogged", "power", "echo")
+SAME_MODEL = {
+    OURS: ("bare", "mount", "unlogged", "power"),
+    FOREST: ("seed", "seed-async", "mlflow"),
+}
 START_SECONDS = 120.0
 SAME = 1.5e-4
 
@@ -106,7 +109,8 @@ def run(
     """The lines of serving.json. `data` keeps the shop's events.
 
     Peers: seed as `seed_server` is, in its two ways; MLflow's own server; bare, our endpoint on
-    uvicorn alone; mount, our service without the fast lane; echo, which computes nothing.
+    uvicorn alone; mount, our service without the fast lane; unlogged and power, it without a
+    prediction log and with one that is synced; echo, which computes nothing.
     """
     if shutil.which("wrk") is None:
         print("nothing measured: there is no wrk; on Debian: apt-get install wrk")
@@ -222,6 +226,8 @@ def _start(
         (OURS, prepared.release, {}),
         (FOREST, prepared.forest, {}),
         ("mount", prepared.release, {"CHURN_FAST_LANE": "off"}),
+        ("unlogged", prepared.release, {LOG_VARIABLE: OFF}),
+        ("power", prepared.release, {DURABILITY_VARIABLE: "power"}),
     ):
         if name in (OURS, FOREST, *peers):
             bento = build_bento(release.directory, home, project_root=PROJECT_ROOT)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pyarrow as pa
@@ -213,3 +215,38 @@ def test_the_identity_holds_no_password(tmp_path):
     told = identity(tmp_path, f"calendar: {{start: 2024-01-01}}\nsource: {source}")
     assert "secret" not in told
     assert "me:***@host/db" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "given"),
+    [
+        (
+            ("start", "4", "--share", "0.25", "--no-shadow", "--who", "ada", "--why", "faster"),
+            "start_trial",
+            {"version": "4", "share": 0.25, "shadow": False, "who": "ada", "why": "faster"},
+        ),
+        # What is not said is the settings' to say.
+        (
+            ("start", "4", "--who", "ada"),
+            "start_trial",
+            {"version": "4", "who": "ada", "why": "a trial"},
+        ),
+        (("stop", "--who", "ada"), "stop_trial", {"who": "ada", "why": "enough was seen"}),
+    ],
+)
+def test_a_trial_is_begun_and_ended_by_a_run(
+    churn, monkeypatch: pytest.MonkeyPatch, arguments: tuple, job: str, given: dict
+) -> None:
+    asked: list[tuple] = []
+    launch = SimpleNamespace(act=lambda _, *rest: asked.append(rest))
+    monkeypatch.setitem(sys.modules, "churn_assets.defs.launch", launch)
+    monkeypatch.setattr(cli, "_registry", lambda _: None)
+    code, _, err = churn("trial", *arguments)
+    assert (code, err) == (0, "")
+    assert asked == [(job, "production_release", {"what": job} | given)]
+
+
+def test_a_trial_needs_a_person(churn) -> None:
+    code, _, err = churn("trial", "start", "4", "--who", "automatic policy")
+    assert code == 2
+    assert "is not a person" in err

@@ -152,7 +152,7 @@ def test_sigterm_ends_it_when_the_requests_are_answered(served: Served) -> None:
 
 
 def stopping(name: str) -> subprocess.Popen:
-    return subprocess.Popen(["docker", "stop", "--time", str(PATIENCE_S), name])
+    return subprocess.Popen(["docker", "stop", "-t", str(PATIENCE_S), name])
 
 
 def test_a_base_image_that_cannot_be_had_is_said(bento: Bento, image_settings: ImageSettings):

@@ -156,7 +156,7 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert prediction["latency_ms"] > 0
     assert summary["drift"]["verdict"] == "ok"
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
-    stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log"]
+    stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log", "trial"]
     assert list(summary["seconds"]) == stages
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
@@ -188,7 +188,8 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.checks) == CHECKS
     assert set(seen.checks.values()) == {"SUCCEEDED"}
     assert seen.runs == [
-        ("prediction_log", "SUCCESS"),
+        ("trial", "SUCCESS"),
+        ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
         ("promotion", "SUCCESS"),
         ("training", "SUCCESS"),
@@ -558,8 +559,9 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
     assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
-    assert refused_run.seen.runs[:3] == [
-        ("prediction_log", "SUCCESS"),
+    assert refused_run.seen.runs[:4] == [
+        ("trial", "SUCCESS"),
+        ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
         ("training", "FAILURE"),
     ]

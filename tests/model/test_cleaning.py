@@ -13,8 +13,10 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle import cleaning
 from churn_assets.lifecycle.cleaning import RetentionPolicy, clean, plan_cleaning
-from churn_assets.lifecycle.history import Evidence
+from churn_assets.lifecycle.history import Evidence, trial_figures
 from churn_assets.lifecycle.pointer import Current, point_at
+from churn_assets.lifecycle.registry import take_step
+from churn_assets.lifecycle.trials import trial_step
 from churn_assets.settings import load_settings
 
 POLICY = RetentionPolicy()
@@ -167,3 +169,34 @@ def test_a_policy_of_nonsense_is_refused(tmp_path: Path) -> None:
         load_settings(path)
     path.write_text(f"{start}{{keep_archived_days: 45}}\n")
     assert load_settings(path).registry.keep_archived_days == 45
+
+
+def test_releases_of_trials_go_with_either_of_their_versions(model: Model, home: Home) -> None:
+    """6 was tried beside 4, and 8 beside 4 still is."""
+
+    def try_out(version: str, release_id: str, ended: bool) -> Path:
+        figures = trial_figures(f"trial-{version}", 0.1, True, release_id)
+        begins = Evidence("trial_begins", figures, incumbent="4")
+        ends = Evidence("trial_ends", {"trial": f"trial-{version}"}, incumbent="4")
+        for evidence, alias in ((begins, version), (ends, None))[: 1 + ended]:
+            take_step(
+                model.client,
+                model.name,
+                lambda r, e=evidence, a=alias: trial_step(
+                    r, version, a, who="ada", why="so", evidence=e, now=NOW
+                ),
+                doing="a trial",
+            )
+        (home.releases / release_id).mkdir()
+        return home.releases / release_id
+
+    over = try_out("6", "v4-over", ended=True)
+    assert run(model, home).files
+    assert over.is_dir(), "its versions are still there"
+    model.move("6", "Archived", who="ada", evidence=RETIRED)
+    going_on = try_out(stage(model), "v4-going", ended=False)
+    much_later = LATER + timedelta(days=31)
+    assert over in plan_cleaning(model.read(), POLICY, home, now=much_later).files
+    assert run(model, home, much_later).versions == ("6",)
+    assert not over.exists()
+    assert going_on.is_dir()

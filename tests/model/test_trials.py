@@ -18,6 +18,7 @@ from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.release import MANIFEST, read_release
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence, trials
+from churn_assets.lifecycle.lineage import _manifests
 from churn_assets.lifecycle.production import in_production_now
 from churn_assets.lifecycle.registry import finish_pending, in_use
 from churn_assets.lifecycle.release import build_release, reference_statistics
@@ -107,6 +108,9 @@ def test_a_trial_begins_with_both_models_in_one_release(shop: Shop) -> None:
     assert release.manifest.challenger.share == 0.2
     plain = read_release(Path(alone.release_dir))
     assert release.model == plain.model
+    for version in ("1", "2"):
+        found = _manifests(shop.releases, f"*/{MANIFEST}", shop.name, version)
+        assert trial.release_id in {manifest.release_id for _, manifest in found}
     # Made anew from the registry it is the same one.
     for made in shop.releases.iterdir():
         if made.name == trial.release_id:

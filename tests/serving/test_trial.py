@@ -115,7 +115,7 @@ def test_every_process_assigns_alike() -> None:
     code = (
         "from churn_assets.contract.trial import assignment\n"
         "of = assignment('trial-1', 0.3)\n"
-        "print(''.join(of(f'c-{n:05}')[2] for n in range(500)))"
+        "print(''.join(of(f'c-{n:05}')[3] for n in range(500)))"
     )
     told = {
         subprocess.run(
@@ -128,7 +128,7 @@ def test_every_process_assigns_alike() -> None:
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert told == {"".join(ARM_OF(i)[2] for i in IDS[:500])}
+    assert told == {"".join(ARM_OF(i)[3] for i in IDS[:500])}
 
 
 def test_assignments_are_uniform_and_independent_from_trial_to_trial() -> None:
@@ -373,14 +373,14 @@ def test_without_shadow_only_the_one_that_answers_scores(
 
 
 def test_a_challenger_of_fewer_features_gets_its_own(
-    service: ModuleType,
-    release: Release,
-    release_of_three: Release,
-    model_of_three: Model,
-    tmp_path: Path,
+    service: ModuleType, release: Release, tmp_path: Path
 ) -> None:
-    served = service.Served(trial_of(release, release_of_three, tmp_path))
-    expected = model_of_three.predict(np.array([ROW[:3]], dtype=np.float32))[0]
+    others = FEATURE_NAMES[::2]
+    fewer = train(others, seed=4)
+    challenger = release_of(fewer, tmp_path, version="9")
+    served = service.Served(trial_of(release, challenger, tmp_path))
+    expected = fewer.predict(np.array([ROW[::2]], dtype=np.float32))[0]
+    assert abs(expected - fewer.predict(np.array([ROW[:3]], dtype=np.float32))[0]) > 1e-3
     for scored in all_ways(service, served, IDS[:10]):
         assert scored.challenger == pytest.approx(expected, abs=1e-5)
 

@@ -99,6 +99,11 @@ class Home:
         return self.root / "ledger" / "held_out.jsonl"
 
     @property
+    def metrics(self) -> Path:
+        """Every metric that was measured, a JSON line each."""
+        return self.root / "monitoring" / "metrics.jsonl"
+
+    @property
     def reports(self) -> Path:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from churn_assets.contract import clock
 from churn_assets.contract.features import Feature, features_for
 from churn_assets.contract.logged import OFF
 from churn_assets.data.engines import open_duckdb, open_engine
@@ -109,8 +111,11 @@ class Project:
         return features_for(self.settings.raw_tables)
 
     def now(self) -> datetime:
-        """Operational time."""
-        return datetime.now(UTC)
+        """Operational time. Raises UserError when CHURN_CLOCK names a file without one."""
+        try:
+            return clock.now(os.environ)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def data_time(self) -> date:
         """The newest day for which every raw table of the source is there.

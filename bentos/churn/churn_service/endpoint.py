@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from churn_assets.contract import openapi
+from churn_assets.contract.clock import clock
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.contract.lookup import Found
 from churn_assets.contract.online import to_microseconds
@@ -84,6 +85,7 @@ class Endpoint:
         self.metrics = Metrics(PATHS)
         self._traffic = Traffic(self._limits, self._show)
         self._log = prediction_log(os.environ)
+        self._clock = clock(os.environ)
         self.served, self.started_at = served, datetime.now(UTC)
         self.metrics.serves(served.manifest, served.bento)
         self.started = True
@@ -149,7 +151,7 @@ class Endpoint:
                 else:
                     scored = served.predict(request)
                 answer = _encode(scored.answer)
-                await self._log.keep([_logged(served, request_id, scored, arrived)])
+                await self._log.keep([_logged(served, request_id, scored, arrived, self._clock())])
                 made = scored.answer
                 self.metrics.probability(made.model_version, made.churn_probability)
             elif path == "/predict_batch":
@@ -245,9 +247,10 @@ class Endpoint:
                     raise
                 found = [refusal] * len(ids)
         rows = await run(self._batches, _score_batch, served, requests, found)
+        at = self._clock()
         await self._log.keep(
             [
-                _logged(served, f"{request_id}-{number}", row, arrived)
+                _logged(served, f"{request_id}-{number}", row, arrived, at)
                 for number, row in enumerate(rows)
                 if isinstance(row, Scored)
             ]
@@ -325,12 +328,14 @@ def request_id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
     return f"{_first_half}{next(_numbers):016x}"
 
 
-def _logged(served: Served, request_id: str, scored: Scored, arrived: int) -> LoggedPrediction:
+def _logged(
+    served: Served, request_id: str, scored: Scored, arrived: int, at: int
+) -> LoggedPrediction:
     answer = scored.answer
     stored = answer if isinstance(answer, StoredPrediction) else None
     return LoggedPrediction(
         request_id=request_id,
-        at=time.time_ns() // 1000,
+        at=at,
         customer_id=answer.customer_id,
         features=served.features,
         values=scored.values,

@@ -43,6 +43,9 @@ from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
+from churn_assets.monitoring.feeds import FeedPolicy
+from churn_assets.monitoring.retraining import RetrainingPolicy
+from churn_assets.monitoring.rollback import WatchPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -74,6 +77,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trial_report: str = "30 4 * * *"
     prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
+    decisions: str = "15 5 * * *"
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
@@ -177,6 +181,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registry: RetentionPolicy = RetentionPolicy()
     deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
+    feeds: FeedPolicy = FeedPolicy()
+    retraining: RetrainingPolicy = RetrainingPolicy()
+    rollback: WatchPolicy = WatchPolicy()
     schedules: Schedules = Schedules()
 
     @property
@@ -340,6 +347,10 @@ def _filled_in(settings: Settings) -> Settings:
         for name, value in values.items()
         if dataclasses.is_dataclass(value) and not isinstance(value, type)
     }
+    retraining = settings.retraining
+    policies["retraining"] = dataclasses.replace(
+        retraining, modes=dataclasses.replace(retraining.modes)
+    )
     source = settings.source
     if isinstance(source, ShopSourceConfig):
         source = msgspec.structs.replace(source, shop=dataclasses.replace(source.shop))

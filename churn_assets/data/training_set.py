@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
 
 from churn_assets.contract.features import Feature
 from churn_assets.data.checks import CheckResult
@@ -127,6 +129,28 @@ def assemble_training_set(
         feature_service=feature_service,
     )
     return TrainingSet(table, manifest, no_row_lost(manifest))
+
+
+def keep_rows(training_set: TrainingSet, kept: NDArray[np.bool_]) -> TrainingSet:
+    """The set with only the rows of the mask `kept` [rows]."""
+    return _with_table(training_set, training_set.table.filter(pa.array(kept)))
+
+
+def replace_values(training_set: TrainingSet, values: Mapping[str, ArrayLike]) -> TrainingSet:
+    """The set with other values of some features, [rows] each."""
+    table = training_set.table
+    for name, given in values.items():
+        place = table.column_names.index(name)
+        column = pa.array(given).cast(table.schema.field(name).type)
+        table = table.set_column(place, table.schema.field(name), column)
+    return _with_table(training_set, table)
+
+
+def _with_table(training_set: TrainingSet, table: pa.Table) -> TrainingSet:
+    manifest = msgspec.structs.replace(
+        training_set.manifest, data_hash=content_hash(table), rows=table.num_rows
+    )
+    return replace(training_set, table=table, manifest=manifest)
 
 
 def no_row_lost(manifest: TrainingSetManifest) -> CheckResult:

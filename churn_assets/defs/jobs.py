@@ -111,6 +111,14 @@ ingest_predictions = dg.define_asset_job(
 )
 
 
+decisions = dg.define_asset_job(
+    "decisions",
+    selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
+    tags={"churn/exclusive": "monitoring"},
+    description="Decide whether to retrain and whether to roll back; sensors carry it out.",
+)
+
+
 class Clean(dg.Config):
     """dry_run: only say what would go."""
 
@@ -160,5 +168,6 @@ JOBS = [
     drift,
     ingest_predictions,
     trial,
+    decisions,
     clean_archive,
 ]

@@ -23,6 +23,9 @@ from churn_assets.modeling.metrics import Evaluation, Scores
 from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
+from churn_assets.monitoring.feeds import Fault
+from churn_assets.monitoring.metric import Metric
+from churn_assets.monitoring.retraining import Trigger
 from churn_assets.monitoring.trial import Guard, Look
 
 SAMPLE_ROWS = 5
@@ -357,6 +360,46 @@ def steps_table(steps: Sequence[Step]) -> dg.TableMetadataValue:
 def guards_table(guards: Sequence[Guard]) -> dg.TableMetadataValue:
     """The guard rails of a trial."""
     return figures_table([msgspec.structs.asdict(guard) for guard in guards])
+
+
+def metrics_table(metrics: Sequence[Metric]) -> dg.TableMetadataValue:
+    """Metrics as they were measured."""
+    return figures_table(
+        [
+            {
+                "metric": metric.name,
+                "verdict": metric.verdict,
+                "value": metric.value,
+                "limit": metric.limit,
+                "rows": metric.rows,
+                "reason": metric.reason,
+            }
+            for metric in metrics
+        ]
+    )
+
+
+def triggers_table(triggers: Sequence[Trigger]) -> dg.TableMetadataValue:
+    """The triggers of a retraining."""
+    return figures_table([msgspec.structs.asdict(trigger) for trigger in triggers])
+
+
+def faults_table(faults: Sequence[Fault]) -> dg.TableMetadataValue:
+    """Faults of the feeds, the newest first."""
+    return figures_table(
+        [
+            {
+                "table": fault.table,
+                "first": str(fault.first),
+                "last": str(fault.last),
+                "open": fault.open,
+                "of the usual": fault.ratio,
+                "features": ", ".join(fault.features),
+                "sound from": "not yet" if fault.open else str(fault.sound_from),
+            }
+            for fault in reversed(faults)
+        ]
+    )
 
 
 def looks_table(looks: Sequence[Look]) -> dg.TableMetadataValue:

@@ -153,7 +153,8 @@ class Change(dg.Config):
     what: `rollback` takes the version in Production back, `start_trial` puts a version in Staging
     on trial beside it, `stop_trial` ends that. to: the version to go back to; without it, the last
     known good one. version: the one to try; without it, the newest in Staging. share, shadow: of
-    the trial; without them those of the settings.
+    the trial; without them those of the settings. decision: the stored one that is carried out,
+    where the policy decided.
     """
 
     what: Literal["rollback", "start_trial", "stop_trial"] = "rollback"
@@ -163,6 +164,7 @@ class Change(dg.Config):
     version: str | None = None
     share: float | None = None
     shadow: bool | None = None
+    decision: str | None = None
 
 
 @dg.asset(
@@ -210,14 +212,24 @@ def change_what_serves(
     """Carry out a person's word, or the end of a trial by the policy. Raises UserError."""
     name, by_policy = SETTINGS.model_name, config.who == POLICY
     if config.what == "stop_trial":
-        # The one thing a policy may do alone: it takes nothing from what is in Production.
         who = POLICY if by_policy else Approval(str(config.who), config.why).who
         stop_trial(client, name, who=who, why=config.why, now=now)
         return
-    word = Approval(str(config.who), config.why)
     if config.what == "rollback":
-        roll_back(client, name, releases, approval=word, to=config.to, now=now)
+        # The policy may do it alone, and only to carry out a decision that is stored.
+        by_decision = by_policy and config.decision is not None
+        roll_back(
+            client,
+            name,
+            releases,
+            who=POLICY if by_decision else Approval(str(config.who), config.why).who.strip(),
+            why=config.why,
+            to=config.to,
+            now=now,
+            decision=config.decision,
+        )
         return
+    word = Approval(str(config.who), config.why)
     version = config.version or read_registry(client, name).aliases.get("staging")
     if version is None:
         raise UserError("no version is in Staging; train one that passes the gates")

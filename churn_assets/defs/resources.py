@@ -29,9 +29,13 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
 from churn_assets.lifecycle.model_card import About
+from churn_assets.monitoring.feeds import Fault, contaminated, find_faults
 from churn_assets.settings import Settings
 from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
+
+# How far back faults of the feeds are looked for: longer than any training set reaches.
+FAULTS_DAYS = 500
 
 if TYPE_CHECKING:
     from ibis.backends import BaseBackend
@@ -136,6 +140,30 @@ class Project:
         with_features = set(self.lake.days("customer_features"))
         matured = (labelled_partition(day, horizon) for day in self.lake.days("churn_labels"))
         return [day for day in matured if day in with_features]
+
+    def faults(self) -> dict[str, tuple[Fault, ...]]:
+        """The faults of each raw feed, as its daily counts tell of them."""
+        tables = [table for table in self.settings.raw_tables if table != "customers"]
+        newest = self.data_time()
+        return {
+            table: find_faults(
+                table,
+                self.lake.row_counts(table, newest - timedelta(days=FAULTS_DAYS), newest),
+                self.settings.feeds,
+            )
+            for table in tables
+        }
+
+    def sound_days(self, days: Sequence[date], *, without: Sequence[str] = ()) -> list[date]:
+        """Those of the feature `days` at which no feature, but those `without`, sees a fault."""
+        faults = [
+            fault
+            for found in self.faults().values()
+            for fault in found
+            if not set(fault.features) <= set(without)
+        ]
+        touched = contaminated(faults, days)
+        return [day for day in days if day not in touched]
 
     def newest_customer(self) -> dict[str, str | int | float] | None:
         """A customer of the newest feature partition as a request to the service, if it has one."""

@@ -148,6 +148,8 @@ def late_requests(context: dg.ScheduleEvaluationContext, project: Project) -> li
 )
 def training_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """Train, unless somebody has for this week: a person or a workflow, with `churn train`."""
+    if SETTINGS.retraining.modes.scheduled != "automatic":
+        return dg.SkipReason(f"retraining.modes.scheduled is {SETTINGS.retraining.modes.scheduled}")
     week = week_of(context.scheduled_execution_time, ZONE)
     if run := trained_in(context.instance, week):
         return dg.SkipReason(f"run {run.run_id} is the training of {week}")
@@ -190,6 +192,13 @@ prediction_log_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+decisions_schedule = dg.ScheduleDefinition(
+    job=jobs.decisions,
+    cron_schedule=cron("decisions"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -203,5 +212,6 @@ SCHEDULES = [
     drift_schedule,
     trial_schedule,
     prediction_log_schedule,
+    decisions_schedule,
     clean_archive_schedule,
 ]

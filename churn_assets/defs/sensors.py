@@ -4,15 +4,19 @@ import dagster as dg
 import msgspec
 
 from churn_assets.defs import jobs
+from churn_assets.defs.healing import decided, rollback_request, train_request
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.experiments import Ending, reconcile
 from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.registry import POLICY, read_registry
+from churn_assets.monitoring.retraining import RetrainingDecision
+from churn_assets.monitoring.rollback import RollbackDecision
 from churn_assets.monitoring.trial import HARMFUL, TrialReport
 
 ON = dg.DefaultSensorStatus.RUNNING
+_CARRIERS = [jobs.training, jobs.rollback]
 
 ENDINGS: dict[dg.DagsterRunStatus, Ending] = {
     dg.DagsterRunStatus.SUCCESS: "FINISHED",
@@ -64,6 +68,42 @@ def trial_judged(
     )
 
 
+@dg.asset_sensor(asset_key=dg.AssetKey("retraining_decision"), default_status=ON, jobs=_CARRIERS)
+def retraining_decided(
+    context: dg.SensorEvaluationContext,
+    asset_event: dg.EventLogEntry,
+    project: dg.ResourceParam[Project],
+) -> dg.RunRequest | dg.SkipReason:
+    """Carry a decision to train, or to restore a version, to a run, once."""
+    decision = decided(
+        project.home.records, "retraining_decision", asset_event.run_id, RetrainingDecision
+    )
+    if decision.verdict in ("retrain", "fall_back"):
+        return train_request(decision)._replace(job_name=jobs.training.name)
+    if decision.verdict == "restore":
+        request = rollback_request(decision.id, decision.at, decision.reasons)
+        return request._replace(job_name=jobs.rollback.name)
+    return dg.SkipReason(f"{decision.verdict}: {'; '.join(decision.reasons)}")
+
+
+@dg.asset_sensor(asset_key=dg.AssetKey("rollback_decision"), job=jobs.rollback, default_status=ON)
+def rollback_decided(
+    context: dg.SensorEvaluationContext,
+    asset_event: dg.EventLogEntry,
+    project: dg.ResourceParam[Project],
+) -> dg.RunRequest | dg.SkipReason:
+    """Carry a decision to roll back to a run, once, while the version is still there."""
+    decision = decided(
+        project.home.records, "rollback_decision", asset_event.run_id, RollbackDecision
+    )
+    if decision.verdict != "rollback":
+        return dg.SkipReason(f"{decision.verdict}: {'; '.join(decision.reasons)}")
+    registry = read_registry(project.mlflow_client(), SETTINGS.model_name)
+    if registry.production != decision.version:
+        return dg.SkipReason(f"version {decision.version} is not in Production any more")
+    return rollback_request(decision.id, decision.at, decision.reasons, decision.to)
+
+
 def _tell_mlflow(context: dg.RunStatusSensorContext, project: Project) -> None:
     run = context.dagster_run
     reconcile(project.mlflow_client(), {run.run_id: ENDINGS[run.status]})
@@ -89,4 +129,11 @@ def mlflow_canceled_runs(
     _tell_mlflow(context, project)
 
 
-SENSORS = [promotion_decided, trial_judged, mlflow_failed_runs, mlflow_canceled_runs]
+SENSORS = [
+    promotion_decided,
+    trial_judged,
+    retraining_decided,
+    rollback_decided,
+    mlflow_failed_runs,
+    mlflow_canceled_runs,
+]

@@ -6,17 +6,22 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from churn_assets.data.lake import Lake
-from churn_assets.data.training_set import restore_training_set
+from churn_assets.data.training_set import FEATURES_TABLE, LABELS_TABLE, restore_training_set
+from churn_assets.data.windows import label_partition
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.promotion import PromotionPolicy, paired_replay
-from churn_assets.lifecycle.registry import Registry
+from churn_assets.lifecycle.registry import Registry, Version
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.modeling.onnx_export import predict_onnx
 from churn_assets.modeling.rows import feature_matrix, outcomes, rows_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
 
 
@@ -44,17 +49,51 @@ def compare_with_incumbent(
             raise UserError(f"version {version} names no training set or no test cutoff")
         frame = restore_training_set(lake, data_hash).to_pandas()
         rows = rows_of(frame, [date.fromisoformat(day)])
-        scores = []
-        for compared in (candidate, incumbent):
-            release = fetch_release(client, compared, releases, kept=True)
-            names = release.manifest.feature_names
-            if missing := [name for name in names if name not in rows]:
-                raise UserError(
-                    f"version {compared.version} needs {missing[0]}, which the rows do not have"
-                )
-            scores.append(predict_onnx(release.model, feature_matrix(rows, names)))
+        scores = [_scores(client, one, rows, releases) for one in (candidate, incumbent)]
     except UserError as error:
         return str(error)
     return paired_replay(
         outcomes(rows), *scores, incumbent_version=incumbent.version, policy=policy
     )
+
+
+def replay_on_day(
+    client: MlflowClient,
+    lake: Lake,
+    registry: Registry,
+    version: str,
+    former: str,
+    day: date,
+    horizon_days: int,
+    releases: Path,
+    policy: PromotionPolicy,
+) -> Evidence | str:
+    """`version` against `former` on every labelled customer of the feature day `day`.
+
+    A version that has learned from that day is flattered by it, so that this can speak against it
+    but not for it. Returns why, when they cannot be compared.
+    """
+    matured = label_partition(day, horizon_days)
+    try:
+        features = lake.read(FEATURES_TABLE, day, day).to_pandas()
+        labels = lake.read(
+            LABELS_TABLE, matured, matured, columns=["customer_id", "churned"]
+        ).to_pandas()
+        rows = features.merge(labels, on="customer_id", validate="one_to_one")
+        scores = [
+            _scores(client, registry.version(one), rows, releases) for one in (version, former)
+        ]
+    except UserError as error:
+        return str(error)
+    return paired_replay(outcomes(rows), *scores, incumbent_version=former, policy=policy)
+
+
+def _scores(
+    client: MlflowClient, version: Version, rows: pd.DataFrame, releases: Path
+) -> NDArray[np.float64]:
+    """P(churn) [rows] by a version as it was released. Raises UserError."""
+    release = fetch_release(client, version, releases, kept=True)
+    names = release.manifest.feature_names
+    if missing := [name for name in names if name not in rows]:
+        raise UserError(f"version {version.version} needs {missing[0]}, which the rows do not have")
+    return predict_onnx(release.model, feature_matrix(rows, names))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence, Step, last_known_good
-from churn_assets.lifecycle.promotion import Approval, PromotionDecision
+from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import ProductionRelease
 from churn_assets.lifecycle.registry import (
     Version,
@@ -66,15 +66,20 @@ def roll_back(
     name: str,
     releases: Path,
     *,
-    approval: Approval,
+    who: str,
+    why: str,
     to: str | None,
     now: datetime,
-) -> Step:
+    decision: str | None = None,
+) -> Step | None:
     """Put `to`, or else the last known good version, back into Production.
 
+    decision: the id of the stored decision it carries out, once: None when that has been done.
     Raises UserError when there is nothing to go back to, or when its release cannot be proven.
     """
     registry = read_registry(client, name)
+    if decision is not None and any(step.decision == decision for step in registry.history):
+        return None
     target = rollback_target(registry, to)
     if target == registry.production:
         raise UserError(f"version {target} is in Production already; name another to go back to")
@@ -84,10 +89,11 @@ def roll_back(
         name,
         target,
         "Production",
-        who=approval.who,
-        why=approval.why,
+        who=who,
+        why=why,
         evidence=Evidence("rollback", {"from_version": str(registry.production)}),
         now=now,
+        decision=decision,
     )
 
 

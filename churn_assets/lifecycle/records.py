@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date, datetime
+from typing import Literal
 
 import msgspec
 
@@ -15,7 +16,12 @@ from churn_assets.modeling.segments import Segment
 
 
 class TrainingSetRecord(msgspec.Struct, frozen=True):
-    """Which training set a run assembled; the rows are in the lake under `data_hash`."""
+    """Which training set a run assembled; the rows are in the lake under `data_hash`.
+
+    plan: `history`, or `recent`, where the parts are of different customers (modeling/split.py).
+    without: features the model has to do without, because their feed is broken. decision: what
+    asked for the training, None for a schedule or a person.
+    """
 
     data_hash: str
     rows: int
@@ -24,6 +30,10 @@ class TrainingSetRecord(msgspec.Struct, frozen=True):
     train: tuple[date, ...]
     calibration: date
     test: date
+    plan: Literal["history", "recent"] = "history"
+    without: tuple[str, ...] = ()
+    decision: str | None = None
+    at: datetime | None = None
 
 
 class FoldLine(msgspec.Struct, frozen=True):

@@ -58,6 +58,8 @@ NOT_PERSONS = (PIPELINE, POLICY, RETENTION)
 STAGE_TAG = "stage"
 ARCHIVED_AT_TAG = "archived_at"
 GATES_TAG = "gates"
+# Features a version was trained without, by comma; empty for none.
+WITHOUT_TAG = "without"
 INTENT_TAG = "transition.intent"
 HISTORY_PREFIX = "history."
 # What PostgreSQL's column of a registered model's tag takes, in characters.
@@ -79,6 +81,11 @@ class Version:
     registered_at: datetime
     run_id: str | None
     source: str
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The features it was trained without, because their feed was broken then."""
+        return tuple(name for name in self.tags.get(WITHOUT_TAG, "").split(",") if name)
 
 
 @dataclass(frozen=True)

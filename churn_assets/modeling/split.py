@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from churn_assets.contract.trial import position
 from churn_assets.data.windows import days_between, label_partition, labelled_partition
 from churn_assets.errors import UserError
+
+# Half learn, and enough are left to judge that a comparison can be sure.
+_PARTS = {"train": (0.0, 0.5), "calibration": (0.5, 0.7), "test": (0.7, 1.0)}
+_SALT = "the parts of a split by customers"
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,15 @@ class Split:
     a backtest among them.
     calibration: the cutoff the probabilities of the chosen model are calibrated on.
     test: the newest labelled cutoff; it judges the chosen model, once.
-    The labels of each part have matured by the first cutoff of the next one.
+    The labels of each part have matured by the first cutoff of the next one, or, where the parts
+    are `by_customers`, no customer is in two of them.
     """
 
     train: tuple[date, ...]
     calibration: date
     test: date
     horizon_days: int
+    by_customers: bool = False
 
     @property
     def days(self) -> tuple[date, ...]:
@@ -39,7 +49,48 @@ class Split:
             "calibration": self.calibration.isoformat(),
             "test": self.test.isoformat(),
             "horizon_days": self.horizon_days,
+            "by_customers": self.by_customers,
         }
+
+    def takes(self, day: date, customers: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the customers of a feature day are rows of its part [customers]."""
+        if not self.by_customers:
+            return np.ones(len(customers), dtype=np.bool_)
+        low, high = _PARTS["test" if day == self.test else "train"]
+        if day == self.calibration:
+            low, high = _PARTS["calibration"]
+        place = position(_SALT)
+        places = np.array([place(customer) for customer in customers], dtype=np.float64)
+        return (low <= places) & (places < high)
+
+
+def recent_split(
+    feature_days: Sequence[date],
+    horizon_days: int,
+    *,
+    max_train_cutoffs: int = 6,
+    spacing_days: int = 7,
+) -> Split:
+    """Split the newest feature days with matured labels by customers instead of by time.
+
+    For a training that cannot wait: a split in time learns from nothing younger than two horizons
+    before the newest label. Here the newest labelled day judges, the day before it calibrates, and
+    those before that train, `spacing_days` apart. No customer is in two parts, so that none is
+    judged by an outcome it was learned from; what happened to everybody at that time is in all of
+    them, which the model card says.
+
+    Raises UserError when there are fewer than three days.
+    """
+    days = sorted(set(feature_days))
+    if len(days) < 3:
+        raise UserError(_too_short(days, horizon_days))
+    train = [days[-3]]
+    while len(train) < max_train_cutoffs:
+        earlier = [day for day in days if day <= labelled_partition(train[-1], spacing_days)]
+        if not earlier:
+            break
+        train.append(earlier[-1])
+    return Split(tuple(reversed(train)), days[-2], days[-1], horizon_days, by_customers=True)
 
 
 def temporal_split(

@@ -1,0 +1,528 @@
+"""Whether to retrain: a decision with its triggers, its evidence and the policy it was made by.
+
+Five things ask for it: the schedule, drift of what comes in, a drop of the accuracy, new labels,
+and concept drift (decay on matured labels without a fault of the data). A trigger fires on evidence
+that has persisted; whether anything is done about it then is a matter of faults of the data, the
+time since the last training, new labels, the budget, and of what a person has reserved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+
+from churn_assets.errors import UserError
+from churn_assets.monitoring.feeds import Fault
+from churn_assets.monitoring.metric import Metric
+
+TriggerName = Literal["scheduled", "drift", "performance", "new_labels", "concept_drift"]
+Mode = Literal["automatic", "manual", "off"]
+Plan = Literal["history", "recent"]
+Ending = Literal["running", "succeeded", "failed"]
+
+ACTIONS: dict[TriggerName, str] = {
+    "scheduled": "retrain",
+    "drift": "alert and retrain",
+    "performance": "alert and investigate",
+    "new_labels": "retrain on more data",
+    "concept_drift": "alert, propose wider features, and retrain",
+}
+# The one that asks for the most comes first.
+_ORDER: tuple[TriggerName, ...] = (
+    "concept_drift",
+    "drift",
+    "new_labels",
+    "scheduled",
+    "performance",
+)
+_DAY = timedelta(days=1)
+_CLOCK_TOLERANCE = timedelta(hours=1)
+_WIDEN = (
+    "the features explain less of churn than they did: look for what customers do now that none of "
+    "them sees, and add it to churn_assets/contract/features.py"
+)
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What a trigger may do: act (`automatic`), ask a person (`manual`), or nothing (`off`)."""
+
+    scheduled: Mode = "automatic"
+    drift: Mode = "automatic"
+    performance: Mode = "automatic"
+    new_labels: Mode = "automatic"
+    concept_drift: Mode = "automatic"
+    data_fault: Mode = "automatic"
+
+    def __post_init__(self) -> None:
+        for name, mode in asdict(self).items():
+            if mode not in ("automatic", "manual", "off"):
+                raise UserError(
+                    f"retraining.modes.{name} is {mode!r}; set automatic, manual or off"
+                )
+
+
+@dataclass(frozen=True)
+class RetrainingPolicy:
+    """When to retrain without being told to. Days are of operational time.
+
+    max_age_days: the schedule has missed a training when the last one is older. persistence: so
+    many daily reports in a row must tell of drift. performance_persistence: the same of decay on
+    matured labels. new_label_days: so many newer labelled days are more data worth training on.
+    follow_up_days: that, after a training on recent data, whose share of it is still small.
+    follow_ups: trainings of that kind after one that a drift asked for. min_new_label_days: fewer
+    newer labelled days than this teach nothing new. cool_down_days: between two trainings.
+    attempts, retry_hours: how often a training that failed is tried, and when. budget: trainings
+    that decisions may ask for in 30 days. fallback_after_days: that a feed must have been broken
+    before a version trained without it takes over.
+    """
+
+    modes: Modes = field(default_factory=Modes)
+    max_age_days: int = 9
+    persistence: int = 3
+    performance_persistence: int = 2
+    new_label_days: int = 28
+    follow_up_days: int = 14
+    follow_ups: int = 3
+    min_new_label_days: int = 5
+    cool_down_days: int = 7
+    attempts: int = 3
+    retry_hours: int = 20
+    budget: int = 6
+    fallback_after_days: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "modes" and value < (0 if name in _MAY_BE_NONE else 1):
+                raise UserError(f"retraining.{name} is {value}; set at least 1")
+
+
+_MAY_BE_NONE = ("follow_ups", "min_new_label_days", "cool_down_days")
+
+
+class Training(msgspec.Struct, frozen=True):
+    """A training there has been: when, on labels up to which feature day, and by which plan.
+
+    without: features it had to do without. decision: what asked for it, None for a schedule or a
+    person.
+    """
+
+    at: datetime
+    newest: date
+    plan: Plan = "history"
+    without: tuple[str, ...] = ()
+    decision: str | None = None
+
+
+class Trigger(msgspec.Struct, frozen=True):
+    """One of the five: whether it fired, what it asks for, and what may be done about it."""
+
+    name: TriggerName
+    fired: bool
+    mode: Mode
+    action: str
+    reason: str
+
+
+class RetrainingDecision(msgspec.Struct, frozen=True):
+    """Whether to train, and all that was seen when it was decided.
+
+    verdict: `retrain`; `fall_back` to a version trained without the features of a broken feed;
+    `restore` the version before that; `suppress` what would have learned from the fault;
+    `investigate`, for a person; or `wait`. plan: train on the long `history`, or on the `recent`
+    labels. until: the last feature day to learn from, None for the newest. policy: values in force.
+    """
+
+    id: str
+    verdict: Literal["retrain", "fall_back", "restore", "suppress", "investigate", "wait"]
+    trigger: TriggerName | Literal["data_fault"] | None
+    reasons: tuple[str, ...]
+    action: str
+    alert: bool
+    triggers: tuple[Trigger, ...]
+    at: datetime
+    plan: Plan = "history"
+    without: tuple[str, ...] = ()
+    until: date | None = None
+    proposal: str | None = None
+    faults: tuple[Fault, ...] = ()
+    evidence: tuple[Metric, ...] = ()
+    policy: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class RetrainingEvidence:
+    """What a decision is made from.
+
+    metrics: the series, as measured. faults: of the feeds, open or past. trainings: every one
+    there has been. labelled_days: feature days with matured labels that no fault has touched.
+    production, since: the version in Production, and since when. without: the features it was
+    trained without. earlier: decisions made before. endings: of the runs that carried them out, by
+    the decision's id.
+    """
+
+    metrics: Sequence[Metric]
+    faults: Sequence[Fault]
+    trainings: Sequence[Training]
+    labelled_days: Sequence[date]
+    production: str | None
+    since: datetime | None
+    without: tuple[str, ...]
+    earlier: Sequence[RetrainingDecision]
+    endings: Mapping[str, Ending]
+
+
+def decide_retraining(
+    seen: RetrainingEvidence,
+    policy: RetrainingPolicy,
+    *,
+    data_day: date,
+    horizon_days: int,
+    now: datetime,
+) -> RetrainingDecision:
+    """Decide by `policy` on what was `seen`. `data_day` is the newest complete partition."""
+    decide = _Decision(seen, policy, data_day, horizon_days, now)
+    for look in (
+        decide.clock_set_back,
+        decide.nothing_to_watch,
+        decide.restore,
+        decide.data_fault,
+        decide.retrain,
+        decide.investigate,
+    ):
+        decision = look()
+        if decision is not None:
+            return decision
+    return decide.made("wait", None, ("no trigger has fired",), "nothing", alert=False)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    seen: RetrainingEvidence
+    policy: RetrainingPolicy
+    data_day: date
+    horizon_days: int
+    now: datetime
+
+    @property
+    def triggers(self) -> tuple[Trigger, ...]:
+        """All five, those that ask for the most first."""
+        looks: dict[TriggerName, Callable[[], tuple[bool, str]]] = {
+            "concept_drift": self._decayed,
+            "drift": self._drifted,
+            "new_labels": self._new_labels,
+            "scheduled": self._overdue,
+            "performance": self._inaccurate,
+        }
+        found = []
+        for name in _ORDER:
+            mode = getattr(self.policy.modes, name)
+            fired, reason = (False, "it is off") if mode == "off" else looks[name]()
+            found.append(Trigger(name, fired, mode, ACTIONS[name], reason))
+        return tuple(found)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault that is going on, or whose traces features still see."""
+        touched = [
+            fault for fault in self.seen.faults if fault.open or self.data_day < fault.sound_from
+        ]
+        return next((f for f in touched if f.open), touched[0] if touched else None)
+
+    @property
+    def last(self) -> Training | None:
+        """The newest training."""
+        return max(self.seen.trainings, key=lambda training: training.at, default=None)
+
+    def clock_set_back(self) -> RetrainingDecision | None:
+        """Time that has not come yet is in the records: nothing said of ages would be true."""
+        known = [
+            *(decision.at for decision in self.seen.earlier),
+            *(training.at for training in self.seen.trainings),
+        ]
+        newest = max(known, default=self.now)
+        if newest <= self.now + _CLOCK_TOLERANCE:
+            return None
+        reason = (
+            f"the clock says {self.now:%Y-%m-%d %H:%M}, and there are records of "
+            f"{newest:%Y-%m-%d %H:%M}: it was set back; nothing is decided until then"
+        )
+        return self.made("wait", None, (reason,), "put the clock right", alert=True)
+
+    def nothing_to_watch(self) -> RetrainingDecision | None:
+        """Without a version in Production a first training is a person's or the schedule's."""
+        if self.seen.production is not None:
+            return None
+        return self.made("wait", None, ("nothing is in Production",), "nothing", alert=False)
+
+    def restore(self) -> RetrainingDecision | None:
+        """The feed is repaired and no feature sees the fault any more."""
+        fault = self.fault
+        if not self.seen.without or (fault and set(fault.features) & set(self.seen.without)):
+            return None
+        by_fault = any(d.verdict == "fall_back" for d in self.seen.earlier)
+        if not by_fault:
+            return None
+        reason = f"the feed of {', '.join(self.seen.without)} is sound again"
+        if self.policy.modes.data_fault != "automatic":
+            return self.made(
+                "wait", "data_fault", (reason, _by_person("data_fault")), "nothing", alert=True
+            )
+        return self.made(
+            "restore", "data_fault", (reason,), "the version before comes back", alert=True
+        )
+
+    def data_fault(self) -> RetrainingDecision | None:
+        """A broken feed: nothing is learned from it, and a version that needs it steps aside."""
+        fault = self.fault
+        if fault is None or self.policy.modes.data_fault == "off":
+            return None
+        reasons = [fault.line()]
+        if not fault.open:
+            reasons.append(f"its features are sound again from {fault.sound_from} on")
+        kept = [t.name for t in self.triggers if t.fired and t.mode == "automatic"]
+        if kept:
+            reasons.append(f"suppressed: {', '.join(kept)}")
+        days = (fault.last - fault.first).days + 1
+        fallback = self._fallback_of(fault)
+        if fault.open and days >= self.policy.fallback_after_days and isinstance(fallback, tuple):
+            if self.policy.modes.data_fault == "manual":
+                reasons.append(_by_person("data_fault"))
+            else:
+                return self.made(
+                    "fall_back",
+                    "data_fault",
+                    tuple(reasons),
+                    f"train and serve a version without {', '.join(fallback)}",
+                    alert=True,
+                    without=fallback,
+                    until=fault.first - _DAY,
+                    faults=(fault,),
+                )
+        elif isinstance(fallback, str):
+            reasons.append(fallback)
+        told = any(d.verdict == "suppress" and fault.table in d.action for d in self._recent(2))
+        action = f"learn nothing from {fault.table} until the feed is repaired"
+        return self.made(
+            "suppress", "data_fault", tuple(reasons), action, alert=not told, faults=(fault,)
+        )
+
+    def retrain(self) -> RetrainingDecision | None:
+        """What asks for a training, and whether there is to be one."""
+        fired = [t for t in self.triggers if t.fired and t.name != "performance"]
+        if not fired:
+            return None
+        automatic = [t for t in fired if t.mode == "automatic"]
+        first = (automatic or fired)[0]
+        reasons = tuple(f"{t.name}: {t.reason}" for t in fired)
+        concept = any(t.name == "concept_drift" for t in fired)
+        alert = any(t.name in ("concept_drift", "drift") for t in fired)
+        if not automatic:
+            why = _by_person(first.name)
+            return self.made("wait", first.name, (*reasons, why), "a person decides", alert=True)
+        if held := self._held_back():
+            return self.made("wait", first.name, (*reasons, held), "nothing yet", alert=False)
+        plan = self._plan(first.name)
+        return self.made(
+            "retrain",
+            first.name,
+            reasons,
+            f"train on the {'recent labels' if plan == 'recent' else 'history'}",
+            alert=alert,
+            plan=plan,
+            proposal=_WIDEN if concept else None,
+        )
+
+    def investigate(self) -> RetrainingDecision | None:
+        """Accuracy is down, and nothing says that a training would mend it."""
+        found = next(t for t in self.triggers if t.name == "performance")
+        if not found.fired:
+            return None
+        return self.made(
+            "investigate", "performance", (found.reason,), "a person looks into it", alert=True
+        )
+
+    def made(
+        self,
+        verdict: Literal["retrain", "fall_back", "restore", "suppress", "investigate", "wait"],
+        trigger: TriggerName | Literal["data_fault"] | None,
+        reasons: tuple[str, ...],
+        action: str,
+        *,
+        alert: bool,
+        plan: Plan = "history",
+        without: tuple[str, ...] = (),
+        until: date | None = None,
+        proposal: str | None = None,
+        faults: tuple[Fault, ...] = (),
+    ) -> RetrainingDecision:
+        """The decision, under an id that the same evidence on the same day gives again."""
+        last = self.last
+        attempts = sorted(d for d, ending in self.seen.endings.items() if ending == "failed")
+        content = msgspec.json.encode(
+            [verdict, trigger, self.now.date(), last and last.at, attempts, without]
+        )
+        return RetrainingDecision(
+            id=f"{verdict.replace('_', '-')}-{self.now:%Y%m%d}-"
+            f"{hashlib.sha256(content).hexdigest()[:10]}",
+            verdict=verdict,
+            trigger=trigger,
+            reasons=reasons,
+            action=action,
+            alert=alert,
+            triggers=self.triggers,
+            at=self.now,
+            plan=plan,
+            without=without,
+            until=until,
+            proposal=proposal,
+            faults=faults,
+            evidence=tuple(self._newest().values()),
+            policy=asdict(self.policy),
+        )
+
+    def _decayed(self) -> tuple[bool, str]:
+        return self._persisted(("matured_auc",), self.policy.performance_persistence)
+
+    def _drifted(self) -> tuple[bool, str]:
+        names = sorted(
+            {m.name for m in self.seen.metrics if m.name.startswith("ks/")} | {"prediction_shift"}
+        )
+        return self._persisted(names, self.policy.persistence)
+
+    def _inaccurate(self) -> tuple[bool, str]:
+        return self._persisted(("accuracy",), 1)
+
+    def _persisted(self, names: Sequence[str], reports: int) -> tuple[bool, str]:
+        """Whether the last so many reports of one of the metrics told of an alert."""
+        seen = False
+        for name in names:
+            series = [m for m in self._current() if m.name == name]
+            judged = [m for m in series if m.verdict != "insufficient"]
+            seen |= bool(judged)
+            days = {m.until.date(): m for m in judged}
+            last = [days[day] for day in sorted(days)][-reports:]
+            if len(last) == reports and all(m.verdict == "alert" for m in last):
+                times = f" ({reports} reports in a row)" if reports > 1 else ""
+                return True, f"{name} {last[-1].reason}{times}"
+        if not seen:
+            return False, "there is too little evidence"
+        return False, f"not in {reports} report{'s' if reports > 1 else ''} in a row"
+
+    def _current(self) -> list[Metric]:
+        """What was measured of the version in Production, up to now."""
+        since = self.seen.since
+        return [
+            m for m in self.seen.metrics if (since is None or m.at > since) and m.at <= self.now
+        ]
+
+    def _newest(self) -> dict[str, Metric]:
+        return {metric.name: metric for metric in self._current()}
+
+    def _new_label_days(self) -> int:
+        last = self.last
+        newest = max(self.seen.labelled_days, default=None)
+        if newest is None:
+            return 0
+        return len(self.seen.labelled_days) if last is None else (newest - last.newest).days
+
+    def _new_labels(self) -> tuple[bool, str]:
+        new, wanted = self._new_label_days(), self.policy.new_label_days
+        if self._follows_up():
+            wanted = min(wanted, self.policy.follow_up_days)
+        told = f"{new} days of labels are newer than what was trained on, {wanted} are asked for"
+        return new >= wanted, told
+
+    def _follows_up(self) -> bool:
+        """Whether the last training was on recent data, of which there was little yet."""
+        ordered = sorted(self.seen.trainings, key=lambda training: training.at)
+        recent = 0
+        while ordered and ordered[-1].plan == "recent":
+            recent += 1
+            ordered.pop()
+        return 0 < recent <= self.policy.follow_ups
+
+    def _overdue(self) -> tuple[bool, str]:
+        last = self.last
+        if last is None:
+            return True, "there has been no training"
+        age = (self.now - last.at) / _DAY
+        told = f"the last training is {age:.0f} days old, {self.policy.max_age_days} are allowed"
+        return age > self.policy.max_age_days, told
+
+    def _plan(self, trigger: TriggerName) -> Plan:
+        if trigger in ("concept_drift", "drift"):
+            return "recent"
+        return "recent" if trigger == "new_labels" and self._follows_up() else "history"
+
+    def _held_back(self) -> str | None:
+        """Why there is to be no training now, whatever asks for it."""
+        last, policy = self.last, self.policy
+        asked = [d for d in self.seen.earlier if d.verdict == "retrain" and d.at <= self.now]
+        running = [d.id for d in asked if self.seen.endings.get(d.id) == "running"]
+        if running:
+            return f"{running[-1]} is being carried out"
+        if last is not None and (age := (self.now - last.at) / _DAY) < policy.cool_down_days:
+            return f"the last training was {age:.1f} days ago, {policy.cool_down_days} must pass"
+        failed = self._failed_in_a_row(asked)
+        if failed:
+            hours = (self.now - failed[-1].at) / timedelta(hours=1)
+            if len(failed) >= policy.attempts and hours < 24 * policy.cool_down_days:
+                return f"{len(failed)} trainings in a row failed; {policy.attempts} are tried"
+            if hours < policy.retry_hours:
+                return (
+                    f"a training failed {hours:.0f} hours ago; it is tried again after "
+                    f"{policy.retry_hours}"
+                )
+        spent = sum(self.now - d.at < 30 * _DAY and d.id in self.seen.endings for d in asked)
+        if spent >= policy.budget:
+            return (
+                f"decisions asked for {spent} trainings in 30 days, the budget is {policy.budget}"
+            )
+        new = self._new_label_days()
+        if new < policy.min_new_label_days:
+            return (
+                f"{new} days of labels are newer than what was trained on, at least "
+                f"{policy.min_new_label_days} must be to learn anything new"
+            )
+        return None
+
+    def _failed_in_a_row(self, asked: Sequence[RetrainingDecision]) -> list[RetrainingDecision]:
+        carried = [d for d in asked if d.id in self.seen.endings]
+        failed: list[RetrainingDecision] = []
+        for decision in reversed(carried):
+            if self.seen.endings[decision.id] != "failed":
+                break
+            failed.insert(0, decision)
+        return failed
+
+    def _fallback_of(self, fault: Fault) -> tuple[str, ...] | str | None:
+        """The features to do without; why that cannot be done; or None when it has been done."""
+        if set(fault.features) <= set(self.seen.without):
+            return None
+        if fault.table == "orders":
+            return "no model does without orders"
+        tried = [
+            d
+            for d in self.seen.earlier
+            if d.verdict == "fall_back"
+            and any((f.table, f.first) == (fault.table, fault.first) for f in d.faults)
+            and d.id in self.seen.endings
+        ]
+        if tried and self.seen.endings[tried[-1].id] != "failed":
+            return f"{tried[-1].id} asked for a version without {', '.join(fault.features)}"
+        if len(tried) >= self.policy.attempts:
+            return f"a version without {', '.join(fault.features)} failed {len(tried)} times"
+        return fault.features
+
+    def _recent(self, days: int) -> list[RetrainingDecision]:
+        return [d for d in self.seen.earlier if timedelta() <= self.now - d.at < days * _DAY]
+
+
+def _by_person(name: str) -> str:
+    return f"retraining.modes.{name} is manual: a person decides, with `churn train --reason`"

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up image test test-image bench lint lint-workflows format lock clean
+.PHONY: help env run up drill image test test-image bench lint lint-workflows format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -38,13 +38,19 @@ run: env ## materialize the whole graph and print what came out
 up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 	@$(BIN)/churn up
 
+drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
+	@$(BIN)/churn drill $(CASES)
+
 image: env ## the container of the bento in Production; TAG=churn:... that of another
 	@$(BIN)/churn image $(if $(TAG),--tag $(TAG))
 
 test: env ## the test suite
 	@$(BIN)/python -m pytest
 
-test-image: env ## the tests of the container, which need a container engine
+test-drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
+	@$(BIN)/churn drill $(CASES)
+
+image: env ## the tests of the container, which need a container engine
 	@$(BIN)/python -m pytest -m image -rs tests/deploy
 
 bench: env ## measure speed and memory; ONLY=features measures that alone

@@ -167,6 +167,31 @@ def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
 
 
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[CASE]...")
+@click.option("--short", is_flag=True, help="Only the three worst.")
+@click.option("--jobs", type=click.IntRange(1, 16), default=2, help="Cases at a time. Default: 2.")
+@click.option("--one", hidden=True, is_flag=True)
+def drill(names: tuple[str, ...], short: bool, jobs: int, one: bool) -> None:
+    """Run CASEs of the drill, or all: months of a simulated shop, and what the loop makes of them.
+
+    Writes report.json and report.html to CHURN_HOME/drill. Exits with 1 when a goal is missed.
+    """
+    from churn_assets.drill.cases import CASES, SHORT, case_named
+
+    home = Home.from_environment()
+    if one:
+        from churn_assets.defs.drill import run_and_write
+
+        home.prepare()
+        run_and_write(case_named(names[0]), home)
+        return
+    from churn_assets.drill.runner import run_cases
+
+    chosen = [case_named(name) for name in names or (SHORT if short else ())] or list(CASES)
+    sys.exit(0 if run_cases(chosen, home, jobs=jobs) else 1)
+
+
 @cli.group()
 def keys() -> None:
     """API keys of the service: the file CHURN_API_KEYS names, or the home's own."""

@@ -46,13 +46,16 @@ class State(msgspec.Struct):
     run_keys: dict[str, str] = {}
 
 
+def _as_it_is(job: str, request: dg.RunRequest, at: datetime) -> dg.RunRequest:
+    return request
+
+
 @dataclass
 class SimulatedDaemon:
     """Ticks `definitions` on `instance` by the clock in the file `clock_path`.
 
     state_path: where it keeps what it must not forget; a daemon made anew goes on from there.
-    hold_back: jobs whose runs are not started, told apart by name and moment; a drill delays
-    labels, or kills the daemon between a decision and its run, with it.
+    alter: what becomes of a request for a run of a job at a moment, before it is executed.
     """
 
     definitions: dg.Definitions
@@ -61,7 +64,7 @@ class SimulatedDaemon:
     clock_path: Path
     state_path: Path
     began: datetime
-    hold_back: Callable[[str, datetime], bool] = lambda job, at: False
+    alter: Callable[[str, dg.RunRequest, datetime], dg.RunRequest] = _as_it_is
     runs: list[SimulatedRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,7 +127,7 @@ class SimulatedDaemon:
         ) as context:
             asked = schedule.evaluate_tick(context)
         for request in asked.run_requests or []:
-            self._run(schedule.job_name, schedule.name, request, moment)
+            self.execute(schedule.job_name, schedule.name, request, moment)
 
     def _tick_sensors(self, moment: datetime) -> None:
         """Evaluate the sensors until none of them asks for anything more."""
@@ -148,21 +151,22 @@ class SimulatedDaemon:
         ran = False
         for request in asked.run_requests or []:
             job = request.job_name or sensor.job_name
-            ran |= self._run(job, sensor.name, request, moment)
+            ran |= self.execute(job, sensor.name, request, moment)
         # As Dagster does: a cursor moves once what it asked for is on its way.
         if asked.cursor is not None:
             self._state.cursors[sensor.name] = asked.cursor
             self._keep()
         return ran
 
-    def _run(
+    def execute(
         self, job: str | None, asked_by: str, request: dg.RunRequest, moment: datetime
     ) -> bool:
-        """Whether a run was executed: once for a run key, whatever its end."""
+        """Execute what is requested; whether it was: once for a run key, whatever its end."""
         assert job is not None, f"{asked_by} names no job"
         key = f"{asked_by}/{request.run_key}" if request.run_key else None
-        if (key is not None and key in self._state.run_keys) or self.hold_back(job, moment):
+        if key is not None and key in self._state.run_keys:
             return False
+        request = self.alter(job, request, moment)
         result = self.definitions.resolve_job_def(job).execute_in_process(
             instance=self.instance,
             run_config=dict(request.run_config or {}),

@@ -1,0 +1,119 @@
+"""The cases of the drill: what happens to the shop or to the service, when, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from typing import Any, Literal
+
+from churn_assets.errors import UserError
+
+Sabotage = Literal["backwards", "slow", "failing"]
+
+START = date(2024, 1, 1)
+HISTORY_DAYS = 240
+"""Days of the shop there are when the first model is trained; the drill begins with the next."""
+
+CHANGE_AFTER = 14
+"""Days of the drill before anything happens, so that a false alarm has the time to show."""
+
+HORIZON_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case. Days count from the first day of the drill.
+
+    shop: the scenario of the simulated shop. days: how long the drill goes on. every: days between
+    two ticks of the daily schedules; a tick catches up on the days before it. sabotage: what is
+    forced into production on the day of the change. labels_late: days for which no labels come in
+    after the change.
+    """
+
+    name: str
+    title: str
+    shop: str = "stable"
+    days: int = 90
+    every: int = 2
+    sabotage: Sabotage | None = None
+    labels_late: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def change(self) -> date:
+        """The day on which it happens."""
+        return START + timedelta(days=HISTORY_DAYS + CHANGE_AFTER)
+
+
+CASES = (
+    Case("stable_year", "stable year", days=365, every=7),
+    Case("holiday_season", "holiday season", "holiday_season", days=75),
+    Case("price_rise", "price rise", "price_rise", days=75),
+    Case("ticket_storm", "ticket storm", "ticket_storm", days=60),
+    Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=70),
+    Case("new_market", "new market", "new_market", days=90),
+    Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120),
+    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=100),
+    Case("bad_model", "bad model forced into production", days=28, sabotage="backwards"),
+    Case("slow_release", "slow release", days=24, sabotage="slow", every=1),
+    Case("failing_release", "failing release", days=24, sabotage="failing", every=1),
+    Case("label_delay", "sudden shift, labels late", "label_delay", days=120, labels_late=35),
+    Case("flapping", "flapping", "flapping", days=90),
+)
+SHORT = ("sudden_shift", "bad_model", "login_tracking_broken")
+"""The worst: a world that changes, a model that never was any good, and data that lies."""
+
+
+def case_named(name: str) -> Case:
+    """The case of that name. Raises UserError listing them when there is none."""
+    found = next((case for case in CASES if case.name == name), None)
+    if found is None:
+        raise UserError(f"there is no case {name}; there are {', '.join(c.name for c in CASES)}")
+    return found
+
+
+def configuration(case: Case, *, customers: int) -> dict[str, Any]:
+    """The configuration of the project for a case, as CHURN_CONFIG holds it.
+
+    Shorter windows than the product's, and gates that a shop of this size can pass: what is
+    drilled is the loop, not the shop.
+    """
+    source: dict[str, Any] = {"kind": "shop", "shop": {"customers": customers}}
+    if case.shop != "stable":
+        source["scenario"] = {"name": case.shop, "day": case.change}
+    tick = _cron_day(case.every)
+    return {
+        "source": source,
+        "calendar": {"start": START, "days": HISTORY_DAYS},
+        "windows": {"activity_days": 60, "horizon_days": HORIZON_DAYS},
+        "data_gate": {"min_rows": 2000},
+        "training": {"families": ["hist_gradient_boosting"], "trials": 2, "folds": 1},
+        "evaluation": {"resamples": 50},
+        "quality_gates": {
+            "accuracy": 0.6,
+            "auc": 0.7,
+            "p95_latency_ms": 5000,
+            "calibration_error": 0.1,
+            "segment_auc": 0.5,
+            "auc_over_recency": -0.05,
+        },
+        "promotion": {"mode": "automatic", "min_rows": 300},
+        # What the triggers do is drilled: a schedule would heal by luck.
+        "retraining": {"modes": {"scheduled": "off"}, "new_label_days": 60},
+        "schedules": {
+            "daily_refresh": f"0 2 {tick}",
+            "prediction_log": f"30 2 {tick}",
+            "drift_report": f"0 3 {tick}",
+            "decisions": f"0 5 {tick}",
+            "trial_report": "0 4 1 1 *",
+            "clean_archive": "30 5 1 1 *",
+            "training": "0 6 1 1 *",
+            **case.settings,
+        },
+    }
+
+
+def _cron_day(every: int) -> str:
+    if every == 7:
+        return "* * 1"
+    return "* * *" if every == 1 else f"1-31/{every} * *"

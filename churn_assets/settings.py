@@ -203,7 +203,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def identity(self) -> str:
         """What a home is for: source, first day and windows, as canonical JSON, without secrets."""
-        source = without_passwords(self.source)
+        source = msgspec.to_builtins(without_passwords(self.source))
+        if self.is_shop and source["scenario"]["name"] == "stable":
+            # Homes made before there were scenarios are the same shop.
+            del source["scenario"]
         parts = {"source": source, "start": self.calendar.start, "windows": self.windows}
         return msgspec.json.encode(parts, order="deterministic").decode()
 
@@ -353,7 +356,11 @@ def _filled_in(settings: Settings) -> Settings:
     )
     source = settings.source
     if isinstance(source, ShopSourceConfig):
-        source = msgspec.structs.replace(source, shop=dataclasses.replace(source.shop))
+        source = msgspec.structs.replace(
+            source,
+            shop=dataclasses.replace(source.shop),
+            scenario=dataclasses.replace(source.scenario),
+        )
     return msgspec.structs.replace(settings, source=source, **policies)
 
 

@@ -42,6 +42,7 @@ from churn_assets.data.validation import QUARANTINE_SCHEMA, validate_events
 from churn_assets.data.windows import midnight, partition_interval
 from churn_assets.errors import UserError
 from churn_assets.simulator.params import Offer, ShopParams
+from churn_assets.simulator.scenarios import Scenario
 
 if TYPE_CHECKING:
     from ibis.backends import BaseBackend
@@ -112,9 +113,10 @@ class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ShopSourceConfig(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="shop"
 ):
-    """The built-in shop, with its parameters."""
+    """The built-in shop, with its parameters and what happens to it."""
 
     shop: ShopParams = ShopParams()
+    scenario: Scenario = Scenario()
 
 
 class TablesSourceConfig(
@@ -242,7 +244,7 @@ def open_source(
     if isinstance(config, ShopSourceConfig):
         from churn_assets.simulator.shop import Shop
 
-        return ShopSource(Shop(config.shop, start, offers))
+        return ShopSource(Shop(config.shop, start, offers, config.scenario))
     settled = resolve_paths(
         config, base or Path.cwd(), os.environ if environment is None else environment
     )

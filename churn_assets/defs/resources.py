@@ -98,7 +98,9 @@ class Project:
         source = self.settings.source
         if not isinstance(source, ShopSourceConfig):
             return None
-        return Shop(source.shop, self.settings.calendar.start).churn_probability
+        return Shop(
+            source.shop, self.settings.calendar.start, scenario=source.scenario
+        ).churn_probability
 
     def tenure_days(self, customers: Sequence[str], cutoff: datetime) -> NDArray[np.float64]:
         """Days from the first appearance of each customer to `cutoff`; NaN where it is unknown."""

@@ -33,8 +33,9 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
     # The longest first, so that none of them is left alone at the end.
     ordered = sorted(cases, key=lambda case: case.days / case.every, reverse=True)
     with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(ordered, pool.map(lambda case: _run(case, folder), ordered), strict=True))
-    outcomes = [found[case] for case in cases]
+        names = [case.name for case in ordered]
+        found = dict(zip(names, pool.map(lambda case: _run(case, folder), ordered), strict=True))
+    outcomes = [found[case.name] for case in cases]
     done = [one for one in outcomes if isinstance(one, Outcome)]
     write_report(folder, done)
     print(table(done))

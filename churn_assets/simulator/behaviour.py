@@ -17,12 +17,15 @@ import numpy as np
 from churn_assets.simulator.customers import VISIT_CHANCE, Customers, Fates
 from churn_assets.simulator.params import ShopParams
 from churn_assets.simulator.randomness import bits, sequences, uniform_pair
+from churn_assets.simulator.scenarios import Effects
 from churn_assets.simulator.seasons import Calendar, Clock
 
 _AFTERLIFE = 60.0  # days for which customers who left still look in now and then
 _AFTERLIFE_VISITS = 0.04
 _QUARTER = 91.0
 _QUIET_ORDERS, _QUIET_VISITS = 0.05, 0.3
+# After a shift: visits of those in good standing, and the chance of their potential tickets.
+_LOYAL_VISITS, _LOYAL_TICKETS = 0.25, 0.35
 _WHOLE_WIDTH = 0.999  # potential events stay clear of the edges of their cells
 
 
@@ -74,6 +77,7 @@ class Behaviour:
     calendar: Calendar
     customers: Customers
     fates: Fates
+    effects: Effects
 
     def orders(self, first: int, last: int) -> Moments:
         """The orders of days `first` to `last`, by customer and place."""
@@ -83,14 +87,18 @@ class Behaviour:
 
     def visits(self, first: int, last: int) -> Moments:
         """The visits of days `first` to `last` that lead to no order, by customer and place."""
+        at_most = VISIT_CHANCE if self._shifts is None else 1.0
         moments, luck = self._potential(
-            self._present(first, last), self._browsing, first, last, at_most=VISIT_CHANCE
+            self._present(first, last), self._browsing, first, last, at_most=at_most
         )
         leaves = self.fates.leaves(moments.rows, moments.days)
         when = moments.when
         # Interest goes before the orders do, and a little curiosity outlives them.
         standing = self._standing(moments.rows, when, leaves)
         interest = np.maximum(standing * standing, _AFTERLIFE_VISITS * (when < leaves + _AFTERLIFE))
+        new = self._shifted(moments.rows, when)
+        looking = np.where(standing < 1.0, 1.0 / VISIT_CHANCE, _LOYAL_VISITS) * (standing > 0)
+        interest = np.where(new, looking, interest)
         interest *= np.where(self._quiet(moments.rows, when), _QUIET_VISITS, 1.0)
         return moments.take(luck < VISIT_CHANCE * interest)
 
@@ -101,7 +109,10 @@ class Behaviour:
         standing = self._standing(moments.rows, moments.when, leaves)
         aggrieved = self.customers.grievance[moments.rows] & (standing < 1.0) & (standing > 0.0)
         usual = standing / self.params.grievance_factor
-        return moments.take(luck < np.where(aggrieved, 1.0, usual))
+        chance = np.where(aggrieved, 1.0, usual)
+        new = self._shifted(moments.rows, moments.when)
+        chance = np.where(new, np.where(standing < 1.0, 0.0, _LOYAL_TICKETS), chance)
+        return moments.take(luck < chance)
 
     def no_order_probability(self, rows: np.ndarray, day: int, horizon_days: int) -> np.ndarray:
         """P(no order on the `horizon_days` days from `day` on), float64, shape of `rows`.
@@ -115,6 +126,16 @@ class Behaviour:
         log_none = np.log1p(-np.minimum(chance, 1.0 - 1e-12))
         at = np.searchsorted(customers, due.rows)
         return np.exp(np.bincount(at, weights=log_none, minlength=len(customers)))[index]
+
+    @cached_property
+    def _shifts(self) -> np.ndarray | None:
+        return self.effects.shifts(self.params.seed, self.customers.number)
+
+    def _shifted(self, rows: np.ndarray, when: np.ndarray) -> np.ndarray:
+        """Who behaves in the new way by then."""
+        if self._shifts is None:
+            return np.zeros(len(rows), dtype=bool)
+        return when >= self._shifts[rows]
 
     @cached_property
     def _due(self) -> _Layout:

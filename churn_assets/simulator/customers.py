@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from churn_assets.errors import UserError
 from churn_assets.simulator.params import Offer, ShopParams
 from churn_assets.simulator.randomness import bits, normal, sequences, uniform, uniform_pair
+from churn_assets.simulator.scenarios import Effects
 from churn_assets.simulator.seasons import Calendar
 
 # Visits are laid out more densely than they happen, so that what remains after thinning is close to
@@ -21,6 +22,7 @@ from churn_assets.simulator.seasons import Calendar
 VISIT_CHANCE = 0.6
 _FADING = 60.0  # the time beyond their last order for which leavers count as customers, roughly
 _SUDDEN_DAYS = 3.0
+_NEW_MARKET_GAP, _NEW_MARKET_LIFETIME = 24.0, 0.6
 _SHORTEST_VISIT_GAP, _SHORTEST_RHYTHM, _LONGEST_RHYTHM = 0.1, 3.0, 45.0
 
 
@@ -76,7 +78,7 @@ def joined(left: pa.Array | pa.Scalar, right: pa.Array) -> pa.Array:
     return pc.call_function("binary_join_element_wise", [left, right, "-"])
 
 
-def draw_customers(params: ShopParams, days: Calendar) -> Customers:
+def draw_customers(params: ShopParams, days: Calendar, happens: Effects) -> Customers:
     """Everyone who is still a customer at the start or arrives within the calendar.
 
     A longer calendar adds customers and changes none.
@@ -92,6 +94,8 @@ def draw_customers(params: ShopParams, days: Calendar) -> Customers:
     rhythm = np.asarray(params.rhythms)[np.searchsorted(edges[:-1], rhythm_choice, side="right")]
     gap = rhythm * np.exp(params.rhythm_spread * normal(draw("rhythm spread")))
     gap = np.clip(gap, _SHORTEST_RHYTHM, _LONGEST_RHYTHM)
+    newcomers = happens.newcomers(arrival_day, params.seed, number)
+    gap = np.where(newcomers, _NEW_MARKET_GAP, gap)
     low, high = params.follow_through
     follow_choice, persuadable = uniform_pair(draw("character"))
     # People who buy less often buy more at a time, and look in less often in between.
@@ -105,15 +109,22 @@ def draw_customers(params: ShopParams, days: Calendar) -> Customers:
     scale = params.mean_lifetime / gamma(1 + 1 / shape)
     loyalty = np.exp(params.loyalty_of_value * value)
     lifetime = scale * loyalty * (-np.log(uniform(draw("lifetime")))) ** (1 / shape)
+    lifetime = np.where(newcomers, _NEW_MARKET_LIFETIME * lifetime, lifetime)
+    planned = arrival_day + arrival_fraction + lifetime
+    leaves = happens.leaving(arrival_day, planned, params.seed, number)
+    lifetime = leaves - arrival_day - arrival_fraction
     sudden, grievance = uniform_pair(draw("leaving"))
     cooling = params.cooling_days * np.exp(params.cooling_spread * normal(draw("cooling")))
     cooling = np.where(sudden < params.sudden_share, _SUDDEN_DAYS, cooling)
+
+    # Who leaves because of what happens cools off from then on.
+    cooling = np.where(leaves < planned, np.minimum(cooling, leaves - happens.day), cooling)
 
     drawn = Customers(
         number=number,
         arrival_day=arrival_day,
         arrival_fraction=arrival_fraction,
-        leaves=arrival_day + arrival_fraction + lifetime,
+        leaves=leaves,
         cooling=np.minimum(cooling, 0.8 * lifetime),
         grievance=grievance < params.grievance_share,
         order_gap=gap,

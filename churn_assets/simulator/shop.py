@@ -16,6 +16,7 @@ from churn_assets.simulator.behaviour import Behaviour, Moments
 from churn_assets.simulator.customers import Fates, customer_rows, draw_customers, joined, numbered
 from churn_assets.simulator.params import Offer, ShopParams
 from churn_assets.simulator.randomness import bits, normal, sequences, uniform
+from churn_assets.simulator.scenarios import Scenario, effects
 from churn_assets.simulator.seasons import calendar
 
 _SECONDS_PER_DAY = 86_400
@@ -33,13 +34,21 @@ class Shop:
 
     tables = ("customers", "orders", "support_tickets", "logins")
 
-    def __init__(self, params: ShopParams, start: date, offers: Sequence[Offer] = ()) -> None:
-        """A shop whose record starts on `start`.
+    def __init__(
+        self,
+        params: ShopParams,
+        start: date,
+        offers: Sequence[Offer] = (),
+        scenario: Scenario | None = None,
+    ) -> None:
+        """A shop whose record starts on `start`, to which `scenario` happens.
 
-        Raises UserError when an offer has no time zone or went to nobody who was a customer then.
+        Raises UserError when an offer has no time zone or went to nobody who was a customer then,
+        or the scenario happens before the start.
         """
         self.params = params
         self.start = start
+        self._effects = effects(scenario or Scenario(), start)
         self.offers = tuple(offers)
         self._books: _Books | None = None
         if self.offers:
@@ -113,10 +122,12 @@ class Shop:
         if self._books is None or self._books.last < needed:
             end = (needed // _YEAR + 1) * _YEAR
             params = self.params
-            days = calendar(self.start, -params.history_days, end, params.growth_per_year)
-            customers = draw_customers(params, days)
+            ordinary = calendar(self.start, -params.history_days, end, params.growth_per_year)
+            days = self._effects.on_days(ordinary)
+            customers = draw_customers(params, days, self._effects)
             fates = Fates(params, self.start, customers, self.offers)
-            self._books = _Books(self.start, end, Behaviour(params, days, customers, fates))
+            behaviour = Behaviour(params, days, customers, fates, self._effects)
+            self._books = _Books(self.start, end, behaviour)
         return self._books
 
 
@@ -139,6 +150,8 @@ class _Books:
             if table == "support_tickets"
             else _all_logins(self.behaviour.visits(first, last), self.behaviour.orders(first, last))
         )
+        recorded = self.behaviour.effects.recorded(table, moments.days)
+        moments = moments if recorded is None else moments.take(recorded)
         seconds = _second_of_day(moments.fractions)
         order = _time_order(moments, seconds, first)
         return self._table(table, moments.take(order), seconds[order])

@@ -17,10 +17,12 @@ from churn_assets.errors import UserError
 from churn_assets.simulator import Shop, ShopParams
 from churn_assets.simulator.customers import draw_customers
 from churn_assets.simulator.randomness import bits, normal, sequences, uniform, uniform_pair
+from churn_assets.simulator.scenarios import Effects
 from churn_assets.simulator.seasons import Clock, calendar
 
 START = date(2024, 1, 1)
 SMALL = ShopParams(customers=300)
+NOTHING = Effects("stable", 0)
 DAYS = 150
 LAST = START + timedelta(days=DAYS - 1)
 
@@ -137,8 +139,8 @@ def test_busy_days_are_busy_and_orders_have_a_heavy_tail():
 
 
 def test_a_longer_calendar_adds_customers_and_changes_none():
-    short = draw_customers(SMALL, calendar(START, -1460, 100, 0.04))
-    long = draw_customers(SMALL, calendar(START, -1460, 900, 0.04))
+    short = draw_customers(SMALL, calendar(START, -1460, 100, 0.04), NOTHING)
+    long = draw_customers(SMALL, calendar(START, -1460, 900, 0.04), NOTHING)
 
     assert len(long) > len(short)
     for name, values in vars(short).items():

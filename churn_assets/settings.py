@@ -42,6 +42,7 @@ from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
+from churn_assets.monitoring.alerts import AlertPolicy
 from churn_assets.monitoring.drift import DriftPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
@@ -177,6 +178,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registry: RetentionPolicy = RetentionPolicy()
     deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
+    alerts: AlertPolicy = AlertPolicy()
     schedules: Schedules = Schedules()
 
     @property

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from churn_assets.defs import (
+    alerting,
     deployment,
     evaluation,
     features,
@@ -42,10 +43,12 @@ defs = dg.Definitions(
         monitoring.drift_report,
         trial.trial_report,
         prediction_log.prediction_log,
+        alerting.alerts,
     ],
+    asset_checks=[alerting.delivered],
     jobs=JOBS,
     schedules=SCHEDULES,
-    sensors=SENSORS,
+    sensors=[*SENSORS, alerting.alert_sensor],
     resources={
         "project": Project.of(HOME),
         "mlflow": mlflow_for(HOME),

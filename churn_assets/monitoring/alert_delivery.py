@@ -86,9 +86,9 @@ class AppriseSender:
         )
         with _quiet() as said:
             service = apprise.Apprise(asset=asset)
-            if not service.add(filled):
-                return "Apprise does not know what to do with this URL; see docs/alerts.md"
             try:
+                if not service.add(filled):
+                    return "Apprise does not know what to do with this URL; see docs/alerts.md"
                 arrived = service.notify(
                     body=message.body,
                     title=message.title,

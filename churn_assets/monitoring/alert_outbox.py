@@ -34,8 +34,8 @@ Send = Callable[[Channel, Message], str | None]
 
 _LONGEST_DELAY = timedelta(hours=1)
 _KEPT = timedelta(days=90)
-# A URL that fails so often in one pass is left for the next one.
-_FAILURES_A_PASS = 2
+# A URL that fails so often in one pass is left for the next one: a dead one takes seconds.
+_FAILURES_A_PASS = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS conditions (key TEXT PRIMARY KEY, condition BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS messages (

@@ -13,6 +13,10 @@ SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 # raised: for the first time, or more severe than what was told. again: still open. passed: raised
 # and cleared before it could be told.
 Kind = Literal["raised", "again", "passed", "resolved"]
+NO_URL = (
+    "no URL is configured: alerts are kept and shown by `churn alerts`, and sent to nobody; "
+    "set alerts.urls (docs/alerts.md)"
+)
 
 _LONGEST_BODY = 4000
 
@@ -230,3 +234,18 @@ def severity_of_message(condition: Condition, kind: Kind) -> Severity:
 def retry_delay(attempts: int) -> timedelta:
     """How long to wait after so many failed attempts: 1, 2, 4 ... minutes, an hour at most."""
     return timedelta(minutes=min(60, 2 ** min(attempts - 1, 6)))
+
+
+def test_message(now: datetime, link: str) -> Message:
+    """A message that says it is a test; it goes everywhere, whatever the floors."""
+    alert = Alert(
+        id=f"test-{now:%Y%m%dT%H%M%S}",
+        key="test",
+        severity="info",
+        title="A test of churn_assets",
+        what="Somebody ran `churn alerts test`.",
+        doing="Nothing: this is a test.",
+        raised_at=now,
+        link=link,
+    )
+    return Message(0, "raised", alert, "critical", now)

@@ -57,9 +57,13 @@ class Seen(msgspec.Struct):
 
 
 class Cursor(msgspec.Struct):
-    """How far the sensor has read. Without it, the sensor begins with how things stand."""
+    """How far the sensor has read. Without it, the sensor begins with how things stand.
+
+    floors: where it began so; what lies before is never read one by one.
+    """
 
     positions: dict[str, int] = {}
+    floors: dict[str, int] = {}
     seen: dict[str, Seen] = {}
     looked_at: datetime | None = None
     last_tick: float | None = None
@@ -85,13 +89,14 @@ class Pass:
         base = self.project.settings.alerts.dagster_url or DAGSTER.url
         return f"{base.rstrip('/')}/{path}"
 
-    def unread(self, name: str) -> tuple[int, int]:
-        """The ids to read as (after, up to); after is -1 when everything stands to be read."""
+    def unread(self, name: str) -> tuple[int, int, bool]:
+        """The ids to read as (after, up to), and whether only how things stand is wanted."""
         newest, before = log.newest_position(self.instance), self.cursor.positions.get(name)
         # A log that is shorter than what was read of it is another one.
         if before is None or newest < before:
-            return -1, newest
-        return max(-1, before - _OVERLAP), newest
+            self.cursor.floors[name] = newest
+            return 0, newest, True
+        return max(self.cursor.floors.get(name, 0), before - _OVERLAP), newest, False
 
     def settle(self, key: str, alert: Alert | None, why: str = "", at: int | None = None) -> None:
         """The condition `key` is as `alert` says, or is over."""
@@ -103,7 +108,7 @@ class Pass:
 
 def read_checks(look: Pass) -> None:
     """A check that does not pass is an alert until it does."""
-    after, up_to = look.unread("checks")
+    after, up_to, anew = look.unread("checks")
     found = log.events(look.instance, [DagsterEventType.ASSET_CHECK_EVALUATION], after, up_to)
     evaluations = []
     for record in found:
@@ -114,7 +119,7 @@ def read_checks(look: Pass) -> None:
         name = f"{asset}.{evaluation.check_name}"
         if look.checks is None or name in look.checks:
             evaluations.append((record, evaluation, asset, name))
-    if after < 0:
+    if anew:
         look.outbox.forget_positions(sources.CHECK)
         # How things stand is what each check said last.
         evaluations = list({each[-1]: each for each in evaluations}.values())
@@ -141,10 +146,10 @@ def read_checks(look: Pass) -> None:
 
 def read_runs(look: Pass) -> None:
     """A failed run is an alert until the same job succeeds."""
-    after, up_to = look.unread("runs")
+    after, up_to, anew = look.unread("runs")
     kinds = [DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_SUCCESS]
     found = [(r, _run_key(look, r)) for r in log.events(look.instance, kinds, after, up_to)]
-    if after < 0:
+    if anew:
         look.outbox.forget_positions(sources.RUN)
         found = list({key: (record, key) for record, key in found}.values())
     for record, key in found:
@@ -179,11 +184,11 @@ def _assets_of(look: Pass, run_id: str) -> list[str]:
 
 def read_decisions(look: Pass) -> None:
     """A decision is told of when it says so; the next one about the same ends that."""
-    after, up_to = look.unread("decisions")
+    after, up_to, anew = look.unread("decisions")
     kinds = [DagsterEventType.ASSET_MATERIALIZATION]
     for asset in DECISIONS:
         found = log.events(look.instance, kinds, after, up_to, asset)
-        if after < 0:
+        if anew:
             look.outbox.forget_positions(f"{sources.DECISION}{asset}/")
             found = found[-1:]
         for record in found:

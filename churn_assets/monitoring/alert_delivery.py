@@ -8,6 +8,7 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from urllib.parse import parse_qs, urlsplit
 
 from churn_assets.monitoring.alerts import AlertUrl, Message, Severity, rank
 
@@ -72,6 +73,7 @@ class AppriseSender:
         if missing:
             return f"the environment variable {missing[0]} is not set"
         filled = _VARIABLE.sub(lambda found: self._environ[found[1]], url)
+        filled = one_incident(filled, message.alert.key)
         import apprise
 
         kinds = {
@@ -101,6 +103,18 @@ class AppriseSender:
         if arrived:
             return None
         return without_secrets(" ".join(said) or "it was not accepted", filled)
+
+
+def one_incident(url: str, key: str) -> str:
+    """`url`, where PagerDuty is told which messages are about the same incident.
+
+    By itself Apprise opens another one with every message, also with that of the resolution.
+    """
+    parts = urlsplit(url)
+    if parts.scheme.lower() != "pagerduty" or "action" in parse_qs(parts.query):
+        return url
+    same = f"action=map&dedup={hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    return f"{url}{'&' if parts.query else '?'}{same}"
 
 
 def without_secrets(text: str, url: str) -> str:

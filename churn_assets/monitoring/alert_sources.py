@@ -86,10 +86,14 @@ def check_alert(
     name = f"{asset}.{check}"
     rule = Response(_NOT_SERVED if error and blocking else _SHOWN)
     response = RESPONSES.get(name) or RESPONSES.get(asset) or rule
+    severity = response.severity or ("critical" if error else "warning")
+    if not error and figures.get("verdict") == "insufficient":
+        # Nothing was found to be wrong: there was too little to look at.
+        severity = "info"
     return Alert(
         id=id,
         key=f"{CHECK}{name}",
-        severity=response.severity or ("critical" if error else "warning"),
+        severity=severity,
         title=f"{name} did not pass",
         what=description or f"The check {check} of {asset} did not pass.",
         doing=response.doing,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Generator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from churn_assets.monitoring.alert_delivery import (
     Channel,
     channels_of,
     label_of,
+    one_incident,
     without_secrets,
 )
 from churn_assets.monitoring.alert_outbox import Outbox
@@ -430,6 +432,22 @@ def test_an_error_is_shown_without_the_secrets_of_its_url() -> None:
     assert "host" in without_secrets("no answer of host", "json://host/secret")
 
 
+def test_pagerduty_has_one_incident_a_key() -> None:
+    import apprise
+
+    def told(key: str, url: str = "pagerduty://integration@api/host") -> tuple[str, str | None]:
+        service = apprise.Apprise()
+        assert service.add(one_incident(url, key))
+        plugin: Any = service[0]
+        return plugin.action, plugin.dedup
+
+    assert told("run/training") == told("run/training")
+    assert told("run/training")[0] == "map"
+    assert told("run/training") != told("run/drift")
+    assert told("run/training", "pagerduty://a@b?action=trigger") == ("trigger", None)
+    assert one_incident("json://host/x", "run/training") == "json://host/x"
+
+
 @pytest.mark.parametrize(
     ("url", "environ", "says"),
     [
@@ -534,6 +552,25 @@ def test_an_asset_is_late_after_twice_its_interval() -> None:
     assert late is not None
     assert late.key == "late/drift_report"
     assert "2026-03-02 12:00" in late.what
+
+
+def check(**figures: object) -> Alert:
+    return sources.check_alert(
+        "drift_report",
+        "no_drift",
+        id="1",
+        at=NOON,
+        error=False,
+        blocking=False,
+        description=None,
+        figures=figures,
+        link="x",
+    )
+
+
+def test_too_little_to_judge_is_told_mildly() -> None:
+    assert check(verdict="insufficient").severity == "info"
+    assert check(verdict="drift").severity == "warning"
 
 
 def test_figures_become_lines_and_tables_do_not() -> None:

@@ -345,8 +345,9 @@ def test_a_silent_sensor_a_failing_one_and_a_schedule_that_missed_its_time(
     for state in (silent, failing, off):
         evaluated(watch, state, start)
     evaluated(watch, missed, start - timedelta(hours=23, minutes=30))
-    cursor = alerting.Cursor()
-    for minute in range(0, 100, 3):
+    before = (start + timedelta(minutes=84)).timestamp()
+    cursor = alerting.Cursor(last_tick=before, alive_since=start.timestamp())
+    for minute in range(87, 100, 3):
         at = start + timedelta(minutes=minute)
         evaluated(watch, ours, at)
         if minute < 93:

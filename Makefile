@@ -47,10 +47,7 @@ image: env ## the container of the bento in Production; TAG=churn:... that of an
 test: env ## the test suite
 	@$(BIN)/python -m pytest
 
-test-drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
-	@$(BIN)/churn drill $(CASES)
-
-image: env ## the tests of the container, which need a container engine
+test-image: env ## the tests of the container, which need a container engine
 	@$(BIN)/python -m pytest -m image -rs tests/deploy
 
 bench: env ## measure speed and memory; ONLY=features measures that alone

@@ -583,9 +583,7 @@ def _registry(home: Home) -> tuple[MlflowClient, str]:
     from churn_assets.settings import load_settings
 
     name = load_settings().model_name
-    if not home.dagster.is_dir():
-        raise UserError(f"nothing has run in {home.root} yet; `make run` does, or set CHURN_HOME")
-    home.prepare()
+    _require_dagster(home)
     from mlflow import MlflowClient
 
     return MlflowClient(home.mlflow_uri), name
@@ -600,6 +598,98 @@ def reconcile() -> None:
 
     for run_id, ending in reconcile_mlflow(home).items():
         click.echo(f"{run_id} {ending}")
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def alerts(context: click.Context) -> None:
+    """List what is wrong at the moment, and the messages that wait to be sent."""
+    if context.invoked_subcommand is not None:
+        return
+    from churn_assets.monitoring.alert_delivery import channels_of
+    from churn_assets.monitoring.alert_outbox import Outbox
+    from churn_assets.settings import load_settings
+
+    home, policy = Home.from_environment(), load_settings().alerts
+    outbox = Outbox(home.alerts, policy)
+    there = home.alerts.exists()
+    open_ones, waiting = (outbox.open(), outbox.waiting()) if there else ([], [])
+    click.echo(f"{len(open_ones)} open")
+    for condition in open_ones:
+        alert = condition.alert
+        click.echo(f"  {alert.severity:8}  {condition.since:%Y-%m-%d %H:%M}  {alert.title}")
+        click.echo(f"            {alert.what}")
+        click.echo(f"            being done: {alert.doing}")
+        click.echo(f"            {alert.key}  {alert.link or ''}".rstrip())
+    click.echo(f"{len(waiting)} not delivered")
+    for line in (line for each in waiting for line in each.lines()):
+        click.echo(f"  {line}")
+    labels = [channel.label for channel in channels_of(policy.places, os.environ)]
+    click.echo(f"sent to {', '.join(labels) or 'nobody: alerts.urls is empty (docs/alerts.md)'}")
+
+
+@alerts.command("test")
+def alerts_test() -> None:
+    """Send a message to every URL now; exits with 1 unless it arrives everywhere."""
+    from churn_assets.monitoring.alert_delivery import AppriseSender, channels_of
+    from churn_assets.monitoring.alerts import NO_URL, test_message
+    from churn_assets.settings import load_settings
+    from churn_assets.up import DAGSTER
+
+    policy, send = load_settings().alerts, AppriseSender(os.environ)
+    message = test_message(_now(), policy.dagster_url or DAGSTER.url)
+    answers = {c.label: send(c, message) for c in channels_of(policy.places, os.environ)}
+    for label, error in answers.items():
+        click.echo(f"{label}: {'arrived' if error is None else f'did not arrive: {error}'}")
+    if not answers:
+        click.echo(NO_URL)
+    sys.exit(1 if not answers or any(answers.values()) else 0)
+
+
+@alerts.command("check")
+def alerts_check() -> None:
+    """Alert when Dagster's daemon is not running, which no sensor can; exits with 1 then.
+
+    For cron, or another scheduler outside of Dagster.
+    """
+    home = Home.from_environment()
+    _require_dagster(home)
+    from churn_assets.defs.alerting import check_daemon
+
+    unhealthy = check_daemon(home)
+    click.echo("\n".join(f"no heartbeat: {name}" for name in unhealthy) or "every daemon runs")
+    sys.exit(1 if unhealthy else 0)
+
+
+@alerts.command("close")
+@click.argument("key")
+@click.option("--who", default=_account, help="Your name (default: of your account).")
+@click.option("--why", required=True, help="Why it needs nobody any longer.")
+def alerts_close(key: str, who: str, why: str) -> None:
+    """Close the alert KEY by hand; it opens again when what it is about happens again."""
+    from churn_assets.monitoring.alert_outbox import Outbox
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    outbox = Outbox(home.alerts, load_settings().alerts)
+    if not outbox.clear(key, now=_now(), why=f"closed by {who}: {why}"):
+        raise UserError(f"no alert {key} is open; `churn alerts` lists those that are")
+    click.echo(f"{key} is closed")
+
+
+def _now() -> datetime:
+    from churn_assets.contract import clock
+
+    try:
+        return clock.now(os.environ)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _require_dagster(home: Home) -> None:
+    if not home.dagster.is_dir():
+        raise UserError(f"nothing has run in {home.root} yet; `make run` does, or set CHURN_HOME")
+    home.prepare()
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from churn_assets.defs import (
+    alerting,
     deployment,
     evaluation,
     features,
@@ -46,10 +47,12 @@ defs = dg.Definitions(
         healing.feed_health,
         healing.retraining_decision,
         healing.rollback_decision,
+        alerting.alerts,
     ],
+    asset_checks=[alerting.delivered],
     jobs=JOBS,
     schedules=SCHEDULES,
-    sensors=SENSORS,
+    sensors=[*SENSORS, alerting.alert_sensor],
     resources={
         "project": Project.of(HOME),
         "mlflow": mlflow_for(HOME),

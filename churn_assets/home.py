@@ -104,6 +104,11 @@ class Home:
         return self.root / "monitoring" / "metrics.jsonl"
 
     @property
+    def alerts(self) -> Path:
+        """The outbox: which alerts are open, and which messages wait to be sent."""
+        return self.root / "alerts" / "outbox.db"
+
+    @property
     def reports(self) -> Path:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"

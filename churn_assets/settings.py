@@ -42,6 +42,7 @@ from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
+from churn_assets.monitoring.alerts import AlertPolicy
 from churn_assets.monitoring.drift import DriftPolicy
 from churn_assets.monitoring.feeds import FeedPolicy
 from churn_assets.monitoring.retraining import RetrainingPolicy
@@ -184,6 +185,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     feeds: FeedPolicy = FeedPolicy()
     retraining: RetrainingPolicy = RetrainingPolicy()
     rollback: WatchPolicy = WatchPolicy()
+    alerts: AlertPolicy = AlertPolicy()
     schedules: Schedules = Schedules()
 
     @property

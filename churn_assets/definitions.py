@@ -13,6 +13,7 @@ from churn_assets.defs import (
     registry,
     serving,
     training,
+    treatment,
     trial,
 )
 from churn_assets.defs.jobs import JOBS
@@ -41,6 +42,7 @@ defs = dg.Definitions(
         deployment.deployment,
         monitoring.drift_report,
         trial.trial_report,
+        treatment.treatment_report,
         prediction_log.prediction_log,
     ],
     jobs=JOBS,

@@ -104,7 +104,8 @@ def test_every_way_to_ask_gets_the_same_mark(release: Release, model: Model) -> 
     )
     assert {row.answer.holdout for row in rows} == {True, False}
     for customer, row in zip(IDS[:40], rows, strict=True):
-        request = served.decoder.decode(json.dumps(VALID | {"customer_id": customer}).encode())
+        body = json.dumps(VALID | {"customer_id": customer}).encode()
+        request: Any = served.decoder.decode(body)
         alone: Any = served.predict(request).answer
         by_id: Any = served.predict_stored(customer, found).answer
         marks = (row.answer.holdout, alone.holdout, by_id.holdout)

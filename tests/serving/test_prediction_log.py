@@ -62,14 +62,15 @@ def test_a_prediction_is_in_the_log_when_its_answer_arrives(logged: Logged):
 
 
 def test_who_is_held_out_is_marked_in_the_answer_and_the_log(logged: Logged):
-    bodies = [VALID | {"customer_id": f"held-{number}"} for number in range(12)]
+    customers = [f"held-{number}" for number in range(12)]
+    bodies = [VALID | {"customer_id": customer} for customer in customers]
     single = [logged.client.ask(body)[1] for body in bodies]
     batch = logged.client.ask({"rows": bodies}, "/predict_batch")[1]["predictions"]
     assert batch == single
-    for body, answer in zip(bodies, single, strict=True):
-        mark = HALF.membership()(body["customer_id"])
+    for customer, answer in zip(customers, single, strict=True):
+        mark = HALF.membership()(customer)
         assert answer["holdout"] is mark
-        assert [row.holdout for row in logged.rows(body["customer_id"])] == [mark, mark]
+        assert [row.holdout for row in logged.rows(customer)] == [mark, mark]
     assert {answer["holdout"] for answer in single} == {True, False}
 
 

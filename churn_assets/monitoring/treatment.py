@@ -32,6 +32,8 @@ from churn_assets.monitoring.metric import Verdict as MetricVerdict
 from churn_assets.monitoring.trial import EMPTY_LABELS, Outcomes, Predictions, outcomes_of
 
 OFFERS = "offers"
+# Customers of the hold-out to be expected before its share says anything.
+SHARE_ROWS = 20
 
 Verdict = Literal[
     "offers keep customers", "offers drive customers away", "no effect seen", "insufficient"
@@ -233,13 +235,13 @@ def assess(
         entered["offered"] = _offered(entered, offers, horizon_days)
     known = _outcomes(entered, labels, matured)
     held_out, others = (_group(entered, known.rows, held) for held in (True, False))
-    effect, lower, upper, figures = None, None, None, {}
+    effect, interval, figures = None, None, {}
     if held_out.rows and others.rows:
         sides = (held_out.churned, held_out.rows), (others.churned, others.rows)
         effect = held_out.churn_rate - others.churn_rate
-        lower, upper = difference_interval(*sides, policy.confidence)
-        figures = _worth(held_out, others, effect, (lower, upper), costs)
-    verdict, reason = _verdict(held_out, others, effect, lower, upper, policy)
+        interval = difference_interval(*sides, policy.confidence)
+        figures = _worth(held_out, others, effect, interval, costs)
+    verdict, reason = _verdict(held_out, others, interval, policy)
     newest = _outcomes(rows[rows["holdout"].notna()], labels, matured).rows
     newest = newest.sort_values("cutoff", kind="stable").drop_duplicates("customer_id", keep="last")
     return TreatmentReport(
@@ -249,8 +251,8 @@ def assess(
         held_out=held_out,
         others=others,
         effect=effect,
-        lower=lower,
-        upper=upper,
+        lower=interval[0] if interval else None,
+        upper=interval[1] if interval else None,
         figures=figures,
         scores={
             name: _scores(newest[newest["holdout"].eq(held)], policy, decision_threshold)
@@ -308,7 +310,7 @@ def intactness(
     if held_out.offered:
         figures["offered_in_holdout"] = float(held_out.offered)
         faults.append(f"{held_out.offered:,} customers of the hold-out got an offer")
-    if not len(wrong) and len(marks):
+    if not len(wrong) and len(marks) * holdout.share >= SHARE_ROWS:
         share, customers = float(marks["holdout"].mean()), len(marks)
         figures |= {"share": share, "share_z": _share_z(share, holdout.share, customers)}
         if abs(figures["share_z"]) > limit:
@@ -458,20 +460,16 @@ def _worth(
 def _verdict(
     held_out: Group,
     others: Group,
-    effect: float | None,
-    lower: float | None,
-    upper: float | None,
+    interval: tuple[float, float] | None,
     policy: TreatmentPolicy,
 ) -> tuple[Verdict, str]:
-    if effect is None or lower is None or upper is None:
-        few = True
-    else:
-        few = min(held_out.rows, others.rows) < policy.min_rows
-    if few or effect is None or lower is None or upper is None:
+    if interval is None or min(held_out.rows, others.rows) < policy.min_rows:
         return "insufficient", (
             f"{held_out.rows:,} outcomes of the hold-out and {others.rows:,} of the others are "
             f"known, {policy.min_rows:,} of each are needed"
         )
+    lower, upper = interval
+    effect = held_out.churn_rate - others.churn_rate
     told = (
         f"{held_out.churn_rate:.1%} of {held_out.rows:,} in the hold-out churned and "
         f"{others.churn_rate:.1%} of {others.rows:,} others: {effect:+.1%} "
@@ -503,9 +501,8 @@ def _mean_z(entered: pd.DataFrame) -> float:
     )
     difference = float(held.mean() - others.mean())
     error = math.sqrt(np.var(held) / len(held) + np.var(others) / len(others))
-    if not error:
-        return math.copysign(math.inf, difference) if difference else 0.0
-    return difference / error
+    # A model that says the same of everybody has no spread, and no infinity goes into a record.
+    return difference / max(error, 1e-9)
 
 
 def _share_z(share: float, expected: float, customers: int) -> float:

@@ -267,6 +267,8 @@ def test_a_hold_out_nobody_asks_about_any_more_is_told() -> None:
     report = found.judged(rows=found.rows[~dropped].reset_index(drop=True))
     assert report.intact.verdict == "alert"
     assert "are all asked about?" in report.intact.reason
+    one = found.rows[found.rows["holdout"].astype(bool)].head(1)
+    assert found.judged(rows=one.reset_index(drop=True)).intact.verdict == "insufficient"
 
 
 def test_groups_that_are_unlike_before_treatment_are_told() -> None:

@@ -227,6 +227,23 @@ def test_offers_that_are_recorded_say_what_one_of_them_does() -> None:
     assert none.effect == report.effect
 
 
+def test_the_model_is_judged_by_the_newest_outcome_of_each_customer() -> None:
+    found = world(400)
+    month = HORIZON * DAY
+    late = found.rows.assign(
+        at=found.rows["at"] + month, cutoff=found.rows["cutoff"] + month, probability=0.9
+    )
+    rows = pd.concat([found.rows, late], ignore_index=True).astype(late.dtypes)
+    after = found.labels.assign(cutoff=found.labels["cutoff"] + month, churned=True)
+    labels = pd.concat([found.labels, after]).astype(after.dtypes)
+    waiting = found.judged(rows=rows, labels=labels)
+    assert waiting.scores == found.judged().scores
+    both = found.judged(rows=rows, labels=labels, matured=[CUTOFF, CUTOFF + month])
+    for group in ("held_out", "others"):
+        assert both.scores[group]["rows"] == waiting.scores[group]["rows"]
+        assert (both.scores[group]["accuracy"], both.scores[group]["churn_rate"]) == (1.0, 1.0)
+
+
 # Whether the hold-out is one.
 
 
@@ -348,6 +365,32 @@ def prediction(customer: str, p: float, at: datetime) -> LoggedPrediction:
         latency_us=100,
         holdout=HELD(customer),
     )
+
+
+def test_whoever_was_above_before_the_window_does_not_count(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    for number, customers in ((0, ("a", "b")), (9, ("a", "c"))):
+        p = {"a": 0.9, "b": 0.1, "c": 0.9}
+        rows = [prediction(customer, p[customer], midnight(number)) for customer in customers]
+        table = log_table([f"w{number}-{row.request_id}" for row in rows], rows)
+        lake.write(PREDICTION_LOG, day(number), day(number), table, day_of="at")
+
+    def entered(window_days: int) -> tuple[int, int]:
+        report = judge_treatment(
+            lake,
+            HALF,
+            TreatmentPolicy(window_days=window_days),
+            COSTS,
+            decision_threshold=0.5,
+            horizon_days=HORIZON,
+            behind=timedelta(),
+            until=midnight(10),
+            now=midnight(10),
+        )
+        return report.counts["entered"], report.counts["entered_before"]
+
+    assert entered(10) == (2, 0)
+    assert entered(9) == (1, 1)
 
 
 def test_offers_of_the_shop_are_measured_as_they_are(tmp_path: Path) -> None:

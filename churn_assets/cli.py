@@ -125,6 +125,7 @@ def serve(port: int, workers: int | None) -> None:
     if policy.api_keys:
         # The service reads it from its environment, which it has from here.
         os.environ["CHURN_API_KEYS"] = str(home.api_keys)
+    os.environ.update(settings.holdout.environment())
     location = settings.online_store.url or str(home.online_store)
     online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
     kept = policy.prediction_log.location(home.prediction_log)

@@ -15,6 +15,7 @@ from churn_assets.defs import (
     registry,
     serving,
     training,
+    treatment,
     trial,
 )
 from churn_assets.defs.jobs import JOBS
@@ -43,6 +44,7 @@ defs = dg.Definitions(
         deployment.deployment,
         monitoring.drift_report,
         trial.trial_report,
+        treatment.treatment_report,
         prediction_log.prediction_log,
         healing.feed_health,
         healing.retraining_decision,

@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from churn_assets.contract.features import features_for
+from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.logged import OFF, Durability, WhenBroken
 from churn_assets.contract.online import is_redis
 from churn_assets.data.engines import DuckDBSettings, Engine, SparkSettings
@@ -47,6 +48,7 @@ from churn_assets.monitoring.drift import DriftPolicy
 from churn_assets.monitoring.feeds import FeedPolicy
 from churn_assets.monitoring.retraining import RetrainingPolicy
 from churn_assets.monitoring.rollback import WatchPolicy
+from churn_assets.monitoring.treatment import TreatmentPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -76,6 +78,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: str = "0 6 * * 1"
     drift_report: str = "0 4 * * *"
     trial_report: str = "30 4 * * *"
+    treatment_report: str = "45 4 * * 1"
     prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     decisions: str = "15 5 * * *"
@@ -179,6 +182,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quality_gates: QualityPolicy = QualityPolicy()
     promotion: PromotionPolicy = PromotionPolicy()
     trial: TrialPolicy = TrialPolicy()
+    holdout: Holdout = Holdout()
+    treatment: TreatmentPolicy = TreatmentPolicy()
     registry: RetentionPolicy = RetentionPolicy()
     deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()

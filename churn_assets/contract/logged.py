@@ -33,6 +33,8 @@ OFF = "off"
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 
 # In PRAGMA user_version of a file, and in the name of the table. A reader leaves others alone.
+# A field that is added at the end of a record with a default changes no format: who knows it reads
+# records without it, and who does not know it leaves it out.
 FORMAT = 1
 FILE_SUFFIX = ".sqlite"
 LOCK_SUFFIX = ".lock"
@@ -55,7 +57,8 @@ class LoggedPrediction(msgspec.Struct, frozen=True, gc=False, array_like=True):
     of the release. probability: as it was answered. champion, challenger: by each model that
     scored, unrounded. arm: whose score was answered; model_version is that model's. cutoff: of
     stored features, in microseconds since the epoch, None where the request brought them.
-    latency_us: from the arrival of the request to the answer, before it was logged.
+    latency_us: from the arrival of the request to the answer, before it was logged. holdout: as it
+    was answered, None by a service that knew of no hold-out.
     """
 
     request_id: str
@@ -73,6 +76,7 @@ class LoggedPrediction(msgspec.Struct, frozen=True, gc=False, array_like=True):
     cutoff: int | None
     stale: bool | None
     latency_us: int
+    holdout: bool | None = None
 
 
 encode_logged = msgspec.msgpack.Encoder().encode

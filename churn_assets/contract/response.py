@@ -18,24 +18,30 @@ Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
-    """The answer to `POST /predict`."""
+    """The answer to `POST /predict`.
 
-    customer_id: str
-    churn_probability: Probability
-    risk_level: RiskLevel
-    model_version: str
-
-
-class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
-    """The answer to a request by id: the prediction, and the cutoff its features were stamped with.
-
-    `stale` is true for values older than the limit, which are only served where that is configured.
+    `holdout` is true for a customer nobody may treat, so that outcomes without treatment are seen.
     """
 
     customer_id: str
     churn_probability: Probability
     risk_level: RiskLevel
     model_version: str
+    holdout: bool
+
+
+class StoredPrediction(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a request by id: the prediction, and the cutoff its features were stamped with.
+
+    `holdout` is true for a customer nobody may treat. `stale` is true for values older than the
+    limit, which are only served where that is configured.
+    """
+
+    customer_id: str
+    churn_probability: Probability
+    risk_level: RiskLevel
+    model_version: str
+    holdout: bool
     cutoff: Moment
     stale: bool
 
@@ -173,14 +179,20 @@ class BatchAnswer(msgspec.Struct, frozen=True):
 
 
 def predict(
-    customer_id: str, probability: float, model_version: str, thresholds: RiskThresholds
+    customer_id: str,
+    probability: float,
+    model_version: str,
+    thresholds: RiskThresholds,
+    *,
+    holdout: bool,
 ) -> Prediction:
     """The prediction for a raw `probability` of the model.
 
     The level is that of the rounded probability, so that an answer never contradicts itself.
     """
     rounded = round(min(max(probability, 0.0), 1.0), PROBABILITY_DIGITS)
-    return Prediction(customer_id, rounded, thresholds.level(rounded), model_version)
+    level = thresholds.level(rounded)
+    return Prediction(customer_id, rounded, level, model_version, holdout)
 
 
 def predict_stored(prediction: Prediction, cutoff: datetime, stale: bool) -> StoredPrediction:
@@ -190,6 +202,7 @@ def predict_stored(prediction: Prediction, cutoff: datetime, stale: bool) -> Sto
         prediction.churn_probability,
         prediction.risk_level,
         prediction.model_version,
+        prediction.holdout,
         cutoff,
         stale,
     )

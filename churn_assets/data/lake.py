@@ -201,19 +201,21 @@ class Lake:
         days: Sequence[date] | None = None,
         columns: Sequence[str] | None = None,
         customers: Collection[str] | None = None,
+        schema: pa.Schema | None = None,
         strict: bool = True,
     ) -> pa.Table:
         """The rows of [first, last] as they are stored (without `day`), oldest partition first.
 
-        With `customers`, only theirs; the others are never in memory. Raises UserError as `scan`
-        does.
+        With `customers`, only theirs; the others are never in memory. With `schema`, columns of it
+        that a partition was written without are null there; otherwise the first partition says
+        which there are. Raises UserError as `scan` does.
         """
         days = self._wanted(table, first, last, days, strict=strict)
         if days:
             ids = None if customers is None else pa.array(list(customers), pa.string())
             wanted = None if ids is None else ds.field("customer_id").isin(ids)
             with self._reaching():
-                dataset = self._dataset(table, days)
+                dataset = self._dataset(table, days, schema=schema)
                 return dataset.to_table(list(columns) if columns else None, wanted)
         if table not in RAW_TABLES:
             raise _nothing_there(table)
@@ -444,11 +446,18 @@ class Lake:
     def _footer(self, table: str, day: date) -> pq.FileMetaData:
         return pq.read_metadata(self.path(table, day), filesystem=self.filesystem)
 
-    def _dataset(self, table: str, days: Sequence[date], with_day: bool = False) -> ds.Dataset:
+    def _dataset(
+        self,
+        table: str,
+        days: Sequence[date],
+        with_day: bool = False,
+        schema: pa.Schema | None = None,
+    ) -> ds.Dataset:
         paths = [self.path(table, day) for day in days]
         day = ds.partitioning(pa.schema([(DAY, pa.date32())]), flavor="hive") if with_day else None
         return ds.dataset(
             paths,
+            schema,
             filesystem=self._whole_files,
             format="parquet",
             partitioning=day,

@@ -50,6 +50,8 @@ def _schema(features: Sequence[Feature] = FEATURES) -> pa.Schema:
             pa.field("cutoff", TIMESTAMP),
             pa.field("stale", pa.bool_()),
             pa.field("latency_us", pa.int64(), nullable=False),
+            # Null in what was logged before there was a hold-out.
+            pa.field("holdout", pa.bool_()),
         ]
     )
 
@@ -111,6 +113,17 @@ def ingest(source: LogSource, lake: Lake, *, rows_at_once: int = ROWS_AT_ONCE) -
         left_alone=left_alone,
         removed=tuple(removed),
     )
+
+
+def read_log(lake: Lake, days: Sequence[date], columns: Sequence[str]) -> pa.Table:
+    """`columns` of the partitions of `days` that are there, oldest first.
+
+    A column that a partition was written without is null there.
+    """
+    there = sorted(set(days) & set(lake.days(PREDICTION_LOG)))
+    if not there:
+        return SCHEMA.empty_table().select(list(columns))
+    return lake.read(PREDICTION_LOG, days=there, columns=columns, schema=SCHEMA)
 
 
 def _decoded(log: OpenLog, rows: Sequence[Rows]) -> tuple[list[Rows], pa.Table]:

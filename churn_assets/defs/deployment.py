@@ -21,7 +21,9 @@ def deployment(project: dg.ResourceParam[Project], churn_bento: BentoRecord):
     A promotion, a rollback and `churn deploy` all end here. What does not come to serve fails this
     asset with the reason, and what served before goes on serving.
     """
-    record = deploy(churn_bento, project.home, project.settings.deployment)
+    settings = project.settings
+    held_out = settings.holdout.environment()
+    record = deploy(churn_bento, project.home, settings.deployment, environment=held_out)
     metadata = {
         "target": record.target,
         "release": record.release_id,

@@ -101,6 +101,12 @@ trial = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Judge the version on trial by what has become known of its predictions.",
 )
+treatment = dg.define_asset_job(
+    "treatment",
+    selection=dg.AssetSelection.assets("treatment_report"),
+    tags={"churn/exclusive": "monitoring"},
+    description="Compare the customers nobody treats with the others.",
+)
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 # A job may not be called like an asset: a code server would refuse both.
 ingest_predictions = dg.define_asset_job(
@@ -169,5 +175,6 @@ JOBS = [
     ingest_predictions,
     trial,
     decisions,
+    treatment,
     clean_archive,
 ]

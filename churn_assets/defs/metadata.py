@@ -26,6 +26,7 @@ from churn_assets.monitoring.drift import DriftReport
 from churn_assets.monitoring.feeds import Fault
 from churn_assets.monitoring.metric import Metric
 from churn_assets.monitoring.retraining import Trigger
+from churn_assets.monitoring.treatment import TreatmentReport
 from churn_assets.monitoring.trial import Guard, Look
 
 SAMPLE_ROWS = 5
@@ -414,6 +415,35 @@ def looks_table(looks: Sequence[Look]) -> dg.TableMetadataValue:
                 "at most": look.upper,
             }
             for look in reversed(looks[-HISTORY_ROWS:])
+        ]
+    )
+
+
+def groups_table(report: TreatmentReport) -> dg.TableMetadataValue:
+    """Whom offers would go to: those held out and the others."""
+    return figures_table(
+        [
+            {
+                "group": name,
+                "above the threshold": group.entered,
+                "outcomes": group.rows,
+                "churned": group.churned,
+                "churn rate": group.churn_rate if group.rows else None,
+                "mean probability": group.mean_probability,
+                "offered": group.offered,
+            }
+            for name, group in (("hold-out", report.held_out), ("others", report.others))
+        ]
+    )
+
+
+def model_scores_table(scores: Mapping[str, Mapping[str, float]]) -> dg.TableMetadataValue:
+    """The model on the outcomes of each group."""
+    names = list(dict.fromkeys(name for figures in scores.values() for name in figures))
+    return figures_table(
+        [
+            {"group": group} | {name: figures.get(name) for name in names}
+            for group, figures in scores.items()
         ]
     )
 

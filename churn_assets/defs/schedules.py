@@ -184,6 +184,13 @@ def trial_schedule(
     return dg.RunRequest()
 
 
+treatment_schedule = dg.ScheduleDefinition(
+    job=jobs.treatment,
+    cron_schedule=cron("treatment_report"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 prediction_log_schedule = dg.ScheduleDefinition(
     name="prediction_log_schedule",
     job=jobs.ingest_predictions,
@@ -211,6 +218,7 @@ SCHEDULES = [
     training_schedule,
     drift_schedule,
     trial_schedule,
+    treatment_schedule,
     prediction_log_schedule,
     decisions_schedule,
     clean_archive_schedule,

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ def deploy(
     home: Home,
     settings: DeploymentSettings,
     *,
+    environment: Mapping[str, str] | None = None,
     swap_timeout_s: float = SWAP_TIMEOUT_S,
 ) -> DeploymentRecord:
     """Deploy a proven bento to the target of the settings, one deployment of a home at a time.
 
+    environment: what containers and pods are told beside their own settings; the service of this
+    home is told when it starts.
     A bento that is not in Production any more when its turn comes is left alone. Raises UserError
     with the reason when it does not come to serve; then what served before does, or the error says
     that nothing does.
@@ -64,7 +67,9 @@ def deploy(
             return _record(record, settings, said, started, previous=previous)
         image = _image(bento, settings.image)
         if settings.target == "docker":
-            taken = deploy_container(bento, image, settings.docker)
+            own = {**(environment or {}), **settings.docker.environment}
+            container = msgspec.structs.replace(settings.docker, environment=own)
+            taken = deploy_container(bento, image, container)
             said = f"{taken.container} answers at {taken.url}/predict"
             return _record(
                 record,
@@ -77,7 +82,7 @@ def deploy(
             )
         cluster = settings.kubernetes
         folder = Path(cluster.manifests) if cluster.manifests else MANIFESTS
-        rollout = roll_out(image.pinned, cluster, folder)
+        rollout = roll_out(image.pinned, cluster, folder, environment)
         return _record(
             record,
             settings,

@@ -7,6 +7,7 @@ rollout that does not get there is undone to the revision before it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,19 @@ class Rollout:
     previous: str | None
 
 
-def roll_out(image: str, settings: KubernetesSettings, manifests: Path) -> Rollout:
+def roll_out(
+    image: str,
+    settings: KubernetesSettings,
+    manifests: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Rollout:
     """Apply the manifests with `image` and wait until every pod runs it and is ready.
 
     Raises UserError with the reason when it does not come to that; then the revision before is
     back, or the error says that it is not.
     """
     name = settings.deployment
-    resources = render(read_manifests(manifests), name, image)
+    resources = render(read_manifests(manifests), name, image, environment or {})
     before = _deployment(settings)
     previous = image_of(before, name) if before else None
     applied = "\n---\n".join(yaml.safe_dump(resource) for resource in resources)
@@ -74,8 +80,15 @@ def read_manifests(folder: Path) -> list[dict[str, Any]]:
     return resources
 
 
-def render(resources: list[dict[str, Any]], name: str, image: str) -> list[dict[str, Any]]:
+def render(
+    resources: list[dict[str, Any]],
+    name: str,
+    image: str,
+    environment: Mapping[str, str],
+) -> list[dict[str, Any]]:
     """The resources with `image` in the container `name` of the Deployment `name`.
+
+    Variables of `environment` take the place of the container's own.
 
     Raises UserError when they have no such container.
     """
@@ -93,6 +106,10 @@ def render(resources: list[dict[str, Any]], name: str, image: str) -> list[dict[
             "deployment.kubernetes.deployment or mend them"
         )
     found[0]["image"] = image
+    kept = [v for v in found[0].get("env", ()) if v["name"] not in environment]
+    told = [{"name": variable, "value": value} for variable, value in environment.items()]
+    if kept or told:
+        found[0]["env"] = kept + told
     return rendered
 
 

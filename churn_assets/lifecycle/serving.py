@@ -443,7 +443,14 @@ def _golden_questions(
         for feature in manifest.features:
             value = given.get(feature.name, feature.minimum)
             request[feature.name] = int(value) if feature.dtype == "int" else value
-        answer = predict(customer_id, golden.probabilities[0], version, manifest.risk)
+        answer = predict(
+            customer_id,
+            golden.probabilities[0],
+            version,
+            manifest.risk,
+            # Not compared: it is the service's, not the model's.
+            holdout=False,
+        )
         questions.append((request, answer))
     return questions
 
@@ -457,7 +464,8 @@ def _as_the_model(answer: Answer, expected: Prediction) -> tuple[bool, str]:
     if fits and response.get("model_version") == expected.model_version:
         return True, f"answered {response['churn_probability']} as the model did"
     said = answer.content[:200].decode(errors="replace")
-    return False, f"answered {said}, the model gave {expected}"
+    gave = f"{expected.churn_probability} as version {expected.model_version}"
+    return False, f"answered {said}, the model gave {gave}"
 
 
 def free_port() -> int:

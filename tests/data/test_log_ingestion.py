@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from churn_assets.contract.features import FEATURE_NAMES, FEATURES
-from churn_assets.contract.logged import FORMAT, LoggedPrediction, encode_logged
+from churn_assets.contract.logged import FORMAT, LoggedPrediction, decode_logged, encode_logged
 from churn_assets.data import log_sources
 from churn_assets.data.lake import Lake
 from churn_assets.data.log_sources import LogFiles, LogSource
@@ -26,6 +27,7 @@ from churn_assets.data.prediction_log import (
     all_trimmed,
     ingest,
     keys_unique,
+    read_log,
 )
 from churn_assets.errors import UserError
 from churn_service.log_files import LogBusy, SqliteLog
@@ -99,6 +101,7 @@ def test_every_field_arrives_in_the_partition_of_its_day(
 ):
     worker.write([prediction(1), prediction(2, MIDNIGHT)])
     by_id = {"cutoff": microseconds(MIDNIGHT), "stale": True, "bento": "churn:x", "challenger": 0.5}
+    by_id["holdout"] = True
     worker.write([prediction(3, MIDNIGHT, arm="challenger", champion=None, **by_id)])
     done = ingest(LogFiles(directory), lake)
     assert done.added == {date(2025, 6, 1): 1, date(2025, 6, 2): 2}
@@ -124,9 +127,55 @@ def test_every_field_arrives_in_the_partition_of_its_day(
         "cutoff": None,
         "stale": None,
         "latency_us": 210,
+        "holdout": None,
     }
     assert (third["arm"], third["champion"], third["challenger"]) == ("challenger", None, 0.5)
     assert (third["cutoff"], third["stale"], third["bento"]) == (MIDNIGHT, True, "churn:x")
+    assert third["holdout"] is True
+
+
+def test_records_of_other_versions_are_read(lake: Lake, directory: Path, worker: SqliteLog):
+    """A record is a list: an older one ends before `holdout`, which older readers leave out."""
+    new = prediction(2, holdout=True)
+    old = msgspec.msgpack.encode(msgspec.msgpack.decode(prediction(1, holdout=True))[:-1])
+    names = [name for name in LoggedPrediction.__struct_fields__ if name != "holdout"]
+    known = msgspec.defstruct("Known", names, array_like=True)
+    assert decode_logged(old).holdout is None
+    assert decode_logged(old).latency_us == 210
+    reader = msgspec.msgpack.Decoder(known)
+    assert reader.decode(new) == reader.decode(prediction(2))
+    worker.write([old, new])
+    assert ingest(LogFiles(directory), lake).left_alone == {}
+    assert [row["holdout"] for row in in_lake(lake)] == [None, True]
+
+
+def test_partitions_from_before_the_hold_out_are_added_to_and_read(
+    lake: Lake, directory: Path, worker: SqliteLog
+):
+    worker.write([prediction(1, holdout=True), prediction(2, MIDNIGHT, holdout=True)])
+    ingest(LogFiles(directory), lake)
+    first, second = lake.days(PREDICTION_LOG)
+
+    def read() -> list[dict[str, Any]]:
+        return read_log(lake, [first, second], ["request_id", "holdout"]).to_pylist()
+
+    for day, marks in ((second, [True, None]), (first, [None, True])):
+        whole = {day: lake.read(PREDICTION_LOG, days=[day]) for day in (first, second)}
+        old = whole[day].drop_columns("holdout")
+        lake.write(PREDICTION_LOG, day, day, old, day_of="at")
+        assert read() == [{"request_id": f"r-{n + 1}", "holdout": marks[n]} for n in range(2)]
+        lake.write(PREDICTION_LOG, day, day, whole[day], day_of="at")
+    old = lake.read(PREDICTION_LOG, days=[first]).drop_columns("holdout")
+    lake.write(PREDICTION_LOG, first, first, old, day_of="at")
+    worker.write([prediction(3, holdout=True)])
+    ingest(LogFiles(directory), lake)
+    assert lake.schema(PREDICTION_LOG, first).equals(SCHEMA)
+    assert {row["request_id"]: row["holdout"] for row in in_lake(lake)} == {
+        "r-1": None,
+        "r-2": True,
+        "r-3": True,
+    }
+    assert read_log(Lake(f"{lake.root}-none"), [first], ["holdout"]).schema.names == ["holdout"]
 
 
 def test_features_a_release_does_not_have_are_null(lake: Lake, directory: Path, worker: SqliteLog):

@@ -62,6 +62,7 @@ def test_a_deployment_is_told(home: Home, kubectl: Kubectl) -> None:
         "previous": "churn:v1-a",
         "said": "rolled out to the Deployment churn of churn",
     }
+    assert "CHURN_HOLDOUT_SHARE" in kubectl.given("apply")
     kept = (home.records / "deployment" / "latest.json").read_bytes()
     assert msgspec.json.decode(kept, type=DeploymentRecord).image == "churn:v2-b"
 

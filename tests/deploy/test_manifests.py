@@ -14,10 +14,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from churn_assets.contract.holdout import Holdout
 from churn_assets.errors import UserError
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.kubernetes import image_of, read_manifests, render
 from churn_assets.lifecycle.targets import KubernetesSettings
+from churn_assets.settings import load_settings
 
 K8S = PROJECT_ROOT / "deploy" / "k8s"
 FOLDERS = (K8S, K8S / "canary", K8S / "gateway")
@@ -122,7 +124,7 @@ PROBES = {"startup": "/readyz", "readiness": "/readyz", "liveness": "/livez"}
 
 def test_no_prediction_is_answered_without_a_store() -> None:
     (container,) = pod_of("churn")["spec"]["containers"]
-    named = {variable["name"]: variable["valueFrom"] for variable in container["env"]}
+    named = {v["name"]: v["valueFrom"] for v in container["env"] if "valueFrom" in v}
     assert not named["CHURN_PREDICTION_LOG"]["secretKeyRef"].get("optional")
     assert named["CHURN_ONLINE_STORE"]["secretKeyRef"]["optional"] is True
     # Secrets are made in the cluster, never here.
@@ -186,12 +188,33 @@ def test_the_gateway_leads_to_what_is_there() -> None:
 
 def test_the_image_is_put_into_the_deployment_alone() -> None:
     before = read_manifests(K8S)
-    rendered = render(before, "churn", "registry.example/churn:v8@sha256:0123")
+    rendered = render(before, "churn", "registry.example/churn:v8@sha256:0123", {})
     changed = [(a, b) for a, b in zip(before, rendered, strict=True) if a != b]
     ((_, deployment),) = changed
     assert image_of(deployment, "churn") == "registry.example/churn:v8@sha256:0123"
     with pytest.raises(UserError, match="no Deployment other with a container other"):
-        render(before, "other", "churn:v8")
+        render(before, "other", "churn:v8", {})
+
+
+def test_the_pods_hold_out_whom_the_settings_do() -> None:
+    before = read_manifests(K8S)
+    (plain,), (told,) = (
+        [r for r in rendered if r["kind"] == "Deployment"]
+        for rendered in (
+            before,
+            render(before, "churn", "churn:v8", Holdout(0.1, "second").environment()),
+        )
+    )
+    (old,), (new,) = (r["spec"]["template"]["spec"]["containers"] for r in (plain, told))
+    by_default = {v["name"]: v["value"] for v in old["env"] if "value" in v}
+    assert by_default == load_settings().holdout.environment()
+    assert {v["name"]: v["value"] for v in new["env"] if "value" in v} == {
+        "CHURN_HOLDOUT_SHARE": "0.1",
+        "CHURN_HOLDOUT_SALT": "second",
+    }
+    assert [v for v in old["env"] if "valueFrom" in v] == [
+        v for v in new["env"] if "valueFrom" in v
+    ]
 
 
 def test_a_folder_without_manifests_is_said(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from log_cases import Client, stored
 from serving_cases import SERVICE, VALID, without
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.release import Release
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.serving import PredictionLog, serve
+
+HALF = Holdout(0.5)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Logged:
 @pytest.fixture(scope="module")
 def logged(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Generator[Logged]:
     directory = tmp_path_factory.mktemp("logged") / "log"
-    with serve(SERVICE, release.directory, log=PredictionLog(str(directory))) as url:
+    log, held_out = PredictionLog(str(directory)), HALF.environment()
+    with serve(SERVICE, release.directory, log=log, environment=held_out) as url:
         client = Client(url)
         yield Logged(client, directory, release)
         client.close()
@@ -55,6 +59,19 @@ def test_a_prediction_is_in_the_log_when_its_answer_arrives(logged: Logged):
     assert (row.model_version, row.release_id) == (manifest.model_version, manifest.release_id)
     assert (row.bento, row.cutoff, row.stale) == (None, None, None)
     assert 0 < row.latency_us < 1e6
+
+
+def test_who_is_held_out_is_marked_in_the_answer_and_the_log(logged: Logged):
+    customers = [f"held-{number}" for number in range(12)]
+    bodies = [VALID | {"customer_id": customer} for customer in customers]
+    single = [logged.client.ask(body)[1] for body in bodies]
+    batch = logged.client.ask({"rows": bodies}, "/predict_batch")[1]["predictions"]
+    assert batch == single
+    for customer, answer in zip(customers, single, strict=True):
+        mark = HALF.membership()(customer)
+        assert answer["holdout"] is mark
+        assert [row.holdout for row in logged.rows(customer)] == [mark, mark]
+    assert {answer["holdout"] for answer in single} == {True, False}
 
 
 def test_every_answered_row_of_a_batch_is_in_the_log(logged: Logged):

@@ -210,7 +210,7 @@ def test_as_many_rows_as_are_allowed_are_taken() -> None:
 def test_risk_levels_agree_with_the_probability_that_is_shown(
     probability: float, rounded: float, level: str
 ) -> None:
-    answer = predict("c", probability, "7", RiskThresholds())
+    answer = predict("c", probability, "7", RiskThresholds(), holdout=False)
     assert (answer.churn_probability, answer.risk_level) == (rounded, level)
 
 

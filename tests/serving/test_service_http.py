@@ -55,7 +55,7 @@ def test_answers_as_the_model_does(client: Client, model: Model) -> None:
         status, answer, _ = client.send(json.dumps(body).encode())
         assert status == 200
         assert list(answer) == [
-            "customer_id", "churn_probability", "risk_level", "model_version"
+            "customer_id", "churn_probability", "risk_level", "model_version", "holdout"
         ]  # fmt: skip
         assert answer["customer_id"] == f"ć-{number}"
         assert answer["model_version"] == "7"

@@ -349,6 +349,7 @@ def _logged(
         cutoff=to_microseconds(stored.cutoff) if stored else None,
         stale=stored.stale if stored else None,
         latency_us=(time.perf_counter_ns() - arrived) // 1000,
+        holdout=answer.holdout,
     )
 
 

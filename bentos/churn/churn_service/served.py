@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.logged import Arm
 from churn_assets.contract.lookup import Found
 from churn_assets.contract.release import MODEL, Release, ReleaseError, check_golden
@@ -118,6 +119,11 @@ class Served:
         check_golden(self.model.one_by_one, release.golden)
         self.trial = self._trial(release)
         self.features = release.manifest.feature_names
+        try:
+            # Not the release's: who is held out stays so whatever is released or rolled back.
+            self.held_out = Holdout.from_environment(os.environ).membership()
+        except ValueError as error:
+            raise ReleaseError(str(error)) from None
         context = bentoml.server_context
         built = context.bento_version not in ("", "not available")
         self.bento = f"{context.bento_name}:{context.bento_version}" if built else None
@@ -159,7 +165,8 @@ class Served:
         else:
             probability, version = champion, self.manifest.model_version
         assert probability is not None, "the arm that answers has scored"
-        answer = predict(customer_id, probability, version, self.manifest.risk)
+        held_out = self.held_out(customer_id)
+        answer = predict(customer_id, probability, version, self.manifest.risk, holdout=held_out)
         return Scored(answer, values, champion, challenger, arm)
 
     def _trial(self, release: Release) -> Trial | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from churn_assets.data.lake import Lake
 from churn_assets.data.prediction_log import PREDICTION_LOG, SCHEMA
 from churn_assets.data.windows import cutoff_of, days_between, midnight, partition_of
+from churn_assets.errors import UserError
 from churn_assets.monitoring.drift import (
     CUSTOMER,
     DriftPolicy,
@@ -186,7 +187,12 @@ _LOGGED = ("customer_id", "at", "probability", "model_version")
 
 def customers_window(lake: Lake, days: int) -> Window:
     """The features of the last `days` days of data time. Raises UserError when there are none."""
-    last = lake.days(FEATURES_TABLE)[-1]
+    there = lake.days(FEATURES_TABLE)
+    if not there:
+        raise UserError(
+            f"there is no partition of {FEATURES_TABLE} yet; materialize {FEATURES_TABLE} first"
+        )
+    last = there[-1]
     first = last - timedelta(days=days - 1)
     rows = lake.read(FEATURES_TABLE, first, last, strict=False).to_pandas()
     return Window(first, last, cutoff_of(last), rows)

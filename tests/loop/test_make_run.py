@@ -66,6 +66,7 @@ CHECKS = {
     "registry_history.registry_consistent",
     "churn_bento.answers",
     "drift_report.no_drift",
+    "drift_report.prediction_mean_stable",
     "trial_report.no_harm",
     "prediction_log.keys_unique",
     "prediction_log.trimmed_what_is_there",
@@ -211,7 +212,7 @@ def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
     assert set(made_of("production_release")) == {"promotion_decision"}
     assert set(made_of("churn_bento")) == {"production_release"}
     assert set(made_of("deployment")) == {"churn_bento"}
-    assert set(made_of("drift_report")) == {"customer_features", "training_set"}
+    assert set(made_of("drift_report")) == {"customer_features", "production_release"}
 
 
 def test_the_assets_carry_what_a_person_looks_at(first_run: Run):

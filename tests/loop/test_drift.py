@@ -252,8 +252,7 @@ def test_the_workspace_has_one_run_a_page_and_the_newest_of_them(tmp_path: Path)
         shelf = Shelf(tmp_path / "evidently", at)
         evidently_report(report, REFERENCE, STABLE, page, shelf=shelf)
     stored = [
-        json.loads(path.read_text())
-        for path in (tmp_path / "evidently").glob("*/snapshots/*.json")
+        json.loads(path.read_text()) for path in (tmp_path / "evidently").glob("*/snapshots/*.json")
     ]
     assert sorted(run["name"] for run in stored) == ["2024-06-03", "2024-06-04"]
     assert sorted(run["timestamp"][:10] for run in stored) == ["2024-06-03", "2024-06-04"]

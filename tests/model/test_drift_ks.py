@@ -28,7 +28,9 @@ SHAPES: dict[str, Draw] = {
     "whole numbers": lambda rng, by: rng.poisson(2 + by, ROWS).astype(float),
     "sevenths": lambda rng, by: rng.poisson(3 + by, ROWS) / 7,
     "money": lambda rng, by: np.round(rng.lognormal(4, 0.8, ROWS) + by, 2),
-    "many zeros": lambda rng, by: np.where(rng.random(ROWS) < 0.4, 0, rng.exponential(1, ROWS) + by),
+    "many zeros": lambda rng, by: np.where(
+        rng.random(ROWS) < 0.4, 0, rng.exponential(1, ROWS) + by
+    ),
     "wild tails": lambda rng, by: rng.standard_cauchy(ROWS) + by,
     "over 30 orders of magnitude": lambda rng, by: rng.lognormal(by, 9, ROWS),
     "clusters far apart": two_clusters,

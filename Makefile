@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up drill image test test-image bench lint lint-workflows format lock clean
+.PHONY: help env run up drill evidently image test test-image bench lint lint-workflows format \
+	lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -40,6 +41,10 @@ up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 
 drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
 	@$(BIN)/churn drill $(CASES)
+
+evidently: env ## the drift reports in Evidently's own UI, http://127.0.0.1:8000; PORT= another
+	@DO_NOT_TRACK=1 $(BIN)/evidently ui --workspace "$(CHURN_HOME)/evidently" --host 127.0.0.1 \
+		--port $(or $(PORT),8000)
 
 image: env ## the container of the bento in Production; TAG=churn:... that of another
 	@$(BIN)/churn image $(if $(TAG),--tag $(TAG))

@@ -113,6 +113,11 @@ class Home:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"
 
+    @property
+    def evidently(self) -> Path:
+        """Evidently's workspace, which `make evidently` shows."""
+        return self.root / "evidently"
+
     def model_card(self, version: str) -> Path:
         """The folder of the card of a version."""
         return self.reports / "models" / version

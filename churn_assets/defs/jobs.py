@@ -91,7 +91,7 @@ drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
     tags={"churn/exclusive": "monitoring"},
-    description="Compare the last seven days of features with what the model was trained on.",
+    description="Compare the last days' requests with what the model in Production learned from.",
 )
 # Where trials are the evidence, a report is followed by the decision.
 _JUDGED = ("promotion_decision",) if SETTINGS.promotion.evidence == "trial" else ()

@@ -475,6 +475,9 @@ def drift_table(report: DriftReport) -> dg.TableMetadataValue:
                 "severity": f.severity,
                 "verdict": f.verdict,
                 "p_value": f.p_value,
+                "rows": f.current_rows,
+                "customers": f.current_customers,
+                "finding": f.finding,
                 "mean_then": f.reference_mean,
                 "mean_now": f.current_mean,
             }

@@ -1,80 +1,97 @@
-"""Monitoring: are the customers of the last week like those the model was trained on?"""
-
-from datetime import timedelta
+"""Monitoring: are the requests of the last week like the rows the model was trained on?"""
 
 import dagster as dg
+import msgspec
 
-from churn_assets.data.training_set import restore_training_set
 from churn_assets.defs.metadata import drift_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
-from churn_assets.lifecycle.records import DriftRecord, TrainingSetRecord
-from churn_assets.modeling.rows import rows_of
-from churn_assets.monitoring.drift import drift_report as judge_drift
-from churn_assets.monitoring.evidently_report import evidently_report
-
-CURRENT_DAYS = 7
+from churn_assets.monitoring.drift_watch import DriftRecord, watch
+from churn_assets.monitoring.evidently_report import Shelf, evidently_report
+from churn_assets.monitoring.metric import append_metrics
+from churn_assets.monitoring.reference import production_reference
 
 
 @dg.asset(
     group_name="monitoring",
     kinds={"scipy", "evidently"},
     owners=[f"team:{SETTINGS.team}"],
-    deps=["customer_features"],
+    deps=["customer_features", "prediction_log", "production_release"],
     check_specs=[
         dg.AssetCheckSpec(
             "no_drift",
             asset="drift_report",
             description=(
-                f"No feature's KS statistic is above {SETTINGS.drift.alert_above:g}; "
-                "too few rows do not pass."
+                f"No feature's KS statistic is above {SETTINGS.drift.alert_above:g}, none is "
+                "constant or gone; too few rows do not pass."
             ),
-        )
+        ),
+        dg.AssetCheckSpec(
+            "prediction_mean_stable",
+            asset="drift_report",
+            description=(
+                f"The mean prediction is at most {SETTINGS.drift.prediction_shift:g} from that on "
+                "the training rows; too few predictions do not pass."
+            ),
+        ),
     ],
 )
-def drift_report(
-    context: dg.AssetExecutionContext,
-    project: dg.ResourceParam[Project],
-    training_set: TrainingSetRecord,
-):
-    """Each feature of the last seven days against the training rows: KS statistic and severity.
+def drift_report(project: dg.ResourceParam[Project]):
+    """The last seven days of logged requests against the training rows of what is in Production.
 
-    Judged by the statistic, never by the p-value. Evidently's page shows the distributions.
+    While there are too few requests, all customers' features stand in, and the report says so.
+    Judged by the KS statistic; the p-value only keeps chance out. Evidently's page shows the
+    distributions.
     """
-    last = project.lake.days("customer_features")[-1]
-    first = last - timedelta(days=CURRENT_DAYS - 1)
-    current = project.lake.read("customer_features", first, last, strict=False)
-    trained_on = restore_training_set(project.lake, training_set.data_hash).to_pandas()
-    reference = rows_of(trained_on, training_set.train)
-    report = judge_drift(reference, current, training_set.features, SETTINGS.drift)
-    path = project.home.reports / "drift" / f"{last}.html"
-    evidently_report(report, reference, current, path, seed=SETTINGS.seed)
-    record = DriftRecord(
-        verdict=report.verdict,
-        reason=report.reason,
-        first=first,
-        last=last,
-        statistics={f.feature: f.statistic for f in report.features},
-        reference=training_set.data_hash,
-        page=str(path),
+    home, now = project.home, project.now()
+    reference = production_reference(
+        project.mlflow_client(), SETTINGS.model_name, project.lake, home.releases
     )
+    watched = watch(project.lake, reference, SETTINGS.drift, now)
+    path = home.reports / "drift" / f"{watched.record.last}.html"
+    evidently_report(
+        watched.report,
+        watched.reference,
+        watched.current,
+        path,
+        seed=SETTINGS.seed,
+        shelf=Shelf(home.evidently, now),
+    )
+    record = msgspec.structs.replace(watched.record, page=str(path))
+    append_metrics(home.metrics, record.metrics())
     return dg.MaterializeResult(
         value=record,
         metadata={
-            "verdict": report.verdict,
-            "reason": report.reason,
-            "features": drift_table(report),
+            "verdict": record.verdict,
+            "reason": record.reason,
+            "compared": record.source,
+            "requests": record.requests,
+            "version": record.version or "none",
+            "features": drift_table(watched.report),
+            "prediction_shift": record.prediction.reason,
+            "reference_drift": record.reference_reason,
             "evidently": dg.MetadataValue.url(project.report_url(path)),
-            "reference_rows": len(reference),
-            "current_rows": current.num_rows,
+            "reference_rows": len(watched.reference),
+            "current_rows": record.rows,
+            "customers": record.customers,
         },
         check_results=[
-            dg.AssetCheckResult(
-                check_name="no_drift",
-                passed=report.verdict == "ok",
-                severity=dg.AssetCheckSeverity.WARN,
-                description=report.reason,
-                metadata={"verdict": report.verdict},
-            )
+            _check("no_drift", record.steady, record.reason, record),
+            _check(
+                "prediction_mean_stable",
+                record.prediction.verdict == "ok",
+                record.prediction.reason,
+                record,
+            ),
         ],
+    )
+
+
+def _check(name: str, passed: bool, reason: str, record: DriftRecord) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=passed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=reason,
+        metadata={"verdict": record.verdict, "compared": record.source},
     )

@@ -14,8 +14,9 @@ from churn_assets.data.refresh import count_reasons
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.home import Home
 from churn_assets.lifecycle.promotion import PromotionDecision
-from churn_assets.lifecycle.records import BentoRecord, DriftRecord, EvaluationRecord
+from churn_assets.lifecycle.records import BentoRecord, EvaluationRecord
 from churn_assets.lifecycle.registry import read_registry
+from churn_assets.monitoring.drift_watch import DriftRecord
 from churn_assets.up import DAGSTER, MLFLOW
 
 COMPARED = (
@@ -86,6 +87,9 @@ def collect(
         "drift": {
             "verdict": drift.verdict,
             "reason": drift.reason,
+            "source": drift.source,
+            "version": drift.version,
+            "prediction_shift": drift.prediction.shift,
             "statistics": drift.statistics,
             "page": drift.page,
         },

@@ -203,15 +203,3 @@ class DeploymentRecord(msgspec.Struct, frozen=True):
     previous: str | None
     seconds: float
     seconds_away: float | None
-
-
-class DriftRecord(msgspec.Struct, frozen=True):
-    """The drift of the days [first, last] against a training set (`reference` is its hash)."""
-
-    verdict: str
-    reason: str
-    first: date
-    last: date
-    statistics: dict[str, float | None]
-    reference: str
-    page: str

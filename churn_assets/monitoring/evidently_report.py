@@ -8,6 +8,7 @@ import os
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from churn_assets.monitoring.drift import Rows
 
 STATTEST = "ks_statistic"
+PROJECT = "drift"
 
 _judged: ContextVar[DriftReport] = ContextVar("judged")
 
@@ -38,15 +40,31 @@ class EvidentlyPage:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """Evidently's workspace in `folder`, and the moment a report is put there as."""
+
+    folder: Path
+    at: datetime
+
+
 def evidently_report(
-    report: DriftReport, reference: Rows, current: Rows, path: Path, *, seed: int = 42
+    report: DriftReport,
+    reference: Rows,
+    current: Rows,
+    path: Path,
+    *,
+    seed: int = 42,
+    shelf: Shelf | None = None,
 ) -> EvidentlyPage:
     """Write Evidently's page of the judged features to `path`, one self-contained HTML file.
 
     It draws a random sample of `policy.report_rows` rows of each side, because Evidently takes
     seconds and hundreds of megabytes for what scipy does in an instant; the statistics and
     verdicts on it are those of `report`, over all rows, so that the two can never disagree.
-    Insufficient features are left out; if none is left, a short page says why. Works offline.
+    Insufficient features are left out; if none is left, a short page says why. With a `shelf`, what
+    is drawn also goes to its workspace, where it takes the place of a report by the same name of
+    page; the newest `policy.workspace_runs` stay. Works offline.
     """
     # Evidently reports its use over the network unless this is set.
     os.environ["DO_NOT_TRACK"] = "1"
@@ -63,9 +81,12 @@ def evidently_report(
     now = _sample(current, columns, report.policy.report_rows, rng)
     token = _judged.set(report)
     try:
-        snapshot = _run(then, now, columns, report.policy.alert_above)
+        at = shelf.at if shelf else None
+        snapshot = _run(then, now, columns, report.policy.alert_above, at)
         snapshot.save_html(str(partial))
         partial.replace(path)
+        if shelf:
+            _put_on(shelf, snapshot, path.stem, report.policy.workspace_runs)
     finally:
         _judged.reset(token)
         partial.unlink(missing_ok=True)
@@ -73,7 +94,33 @@ def evidently_report(
     return EvidentlyPage(path, drifted, scores, len(then), len(now), path.stat().st_size)
 
 
-def _run(then: pd.DataFrame, now: pd.DataFrame, columns: list[str], threshold: float) -> Any:
+def _put_on(shelf: Shelf, snapshot: Any, name: str, keep: int) -> None:
+    """Add a report to a workspace, and take out those it replaces and the oldest beyond `keep`."""
+    with warnings.catch_warnings():
+        # As in _register.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from evidently.ui.workspace import Workspace
+
+    shelf.folder.mkdir(parents=True, exist_ok=True)
+    workspace = Workspace.create(str(shelf.folder))
+    found = workspace.search_project(PROJECT)
+    project = found[0] if found else workspace.create_project(PROJECT)
+    runs = {run: workspace.get_run(project.id, run) for run in workspace.list_runs(project.id)}
+    workspace.add_run(project.id, snapshot, name=name)
+    there = {run: stored for run, stored in runs.items() if stored is not None}
+    replaced = [run for run, stored in there.items() if stored.name == name]
+    others = sorted(there.keys() - set(replaced), key=lambda run: str(there[run].timestamp))
+    for run in [*replaced, *others[: max(0, len(others) + 1 - keep)]]:
+        workspace.delete_run(project.id, run)
+
+
+def _run(
+    then: pd.DataFrame,
+    now: pd.DataFrame,
+    columns: list[str],
+    threshold: float,
+    at: datetime | None,
+) -> Any:
     _register()
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
@@ -90,6 +137,7 @@ def _run(then: pd.DataFrame, now: pd.DataFrame, columns: list[str], threshold: f
     return Report([preset], include_tests=True).run(
         Dataset.from_pandas(now, data_definition=definition),
         Dataset.from_pandas(then, data_definition=definition),
+        timestamp=at,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bench import engines, features, model, online, serving, validation
+from tests.bench import drift, engines, features, model, online, serving, validation
 from tests.bench.measuring import Figures, store
 
 BENCHES = {
@@ -16,6 +16,7 @@ BENCHES = {
     "validation": validation.run,
     "model": model.run,
     "serving": serving.run,
+    "drift": drift.run,
 }
 
 

@@ -38,6 +38,7 @@ _PACKAGES = (
     "pyspark",
     "redis",
     "scikit-learn",
+    "scipy",
     "uvicorn",
     "uvloop",
 )

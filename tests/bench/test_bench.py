@@ -19,7 +19,7 @@ from churn_assets.data.windows import days_between
 from churn_assets.modeling.training import TrainedModel, TrainingPolicy, fit
 from churn_assets.simulator.shop import Shop
 from tests.bench import __main__ as command
-from tests.bench import engines, events, features, model, online, serving, validation
+from tests.bench import drift, engines, events, features, model, online, serving, validation
 from tests.bench.events import FIRST_CUTOFF_DAY, LAST_CUTOFF_DAY, Size
 
 
@@ -51,6 +51,14 @@ def same_as_pandas(lake: Lake) -> None:
         theirs = pd.read_parquet(Path(lake.root, "pandas", f"{day}.parquet")).reset_index()
         assert len(ours) > 50
         pd.testing.assert_frame_equal(ours, theirs.sort_values("customer_id", ignore_index=True))
+
+
+def test_drift_is_measured_against_the_exact_statistic(tmp_path: Path) -> None:
+    lines = drift.run(tmp_path, 60_000)
+    found = {(line["case"], line["metric"]): line for line in lines}
+    assert found["drift/ks-60000", "seconds"]["peer"] == "scipy"
+    assert found["drift/ks-60000", "max_abs_error"]["ours"] <= 5e-4
+    assert found["drift/ks-60000-whole", "error_bound"]["ours"] == 0
 
 
 def test_online_loads_are_measured_against_feast(tmp_path: Path, monkeypatch, capsys) -> None:

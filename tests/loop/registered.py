@@ -131,7 +131,8 @@ class Shop:
             experiment = ensure_experiment(client, self.home.mlflow_artifacts)
             mlflow.set_tracking_uri(self.home.mlflow_uri)
             with mlflow.start_run(experiment_id=experiment) as run:
-                mlflow.log_params({"data_test_cutoff": TEST_DAY.isoformat()})
+                day = TEST_DAY.isoformat()
+                mlflow.log_params({"data_train_cutoffs": day, "data_test_cutoff": day})
                 mlflow.log_metrics({"auc": 0.95})
                 logged = mlflow.onnx.log_model(
                     load_model_from_string(onnx), name="onnx", pip_requirements=["onnxruntime"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from churn_assets.monitoring.drift import (
     ks_statistic,
     severity_of,
 )
-from churn_assets.monitoring.evidently_report import evidently_report
+from churn_assets.monitoring.evidently_report import Shelf, evidently_report
 
 NAMES = ("total_orders_30d", "avg_order_value", "login_frequency_7d")
 
@@ -75,14 +76,15 @@ def test_a_significant_but_small_difference_is_not_drift() -> None:
     assert report.verdict == "ok"
 
 
-def test_a_statistic_above_the_limit_is_drift_whatever_the_p_value() -> None:
+def test_a_statistic_that_chance_may_have_lifted_is_neither_drift_nor_ok() -> None:
     before, after = {"x": np.arange(20.0)}, {"x": np.arange(20.0) + 4}
-    report = drift_report(before, after, ["x"], DriftPolicy(min_rows=20))
+    report = drift_report(before, after, ["x"], DriftPolicy(min_rows=20, min_customers=20))
     found = report.features[0]
     assert found.p_value is not None
     assert found.p_value > 0.05
     assert found.statistic == pytest.approx(0.2)
-    assert report.verdict == "drift"
+    assert (report.verdict, found.alert, found.severity) == ("insufficient", False, "major")
+    assert "chance is not ruled out" in report.reason
 
 
 @pytest.mark.parametrize(
@@ -101,12 +103,10 @@ def test_severity_by_statistic(statistic: float, severity: str) -> None:
 
 
 def test_the_alert_limit_itself_does_not_alert() -> None:
-    before = {"x": np.arange(100.0)}
-    for step, alert in ((15, False), (16, True)):
-        found = drift_report(
-            before, {"x": np.arange(100.0) + step}, ["x"], DriftPolicy(min_rows=100)
-        )
-        assert found.features[0].statistic == pytest.approx(step / 100)
+    before = {"x": np.arange(1000.0)}
+    for step, alert in ((150, False), (151, True)):
+        found = drift_report(before, {"x": np.arange(1000.0) + step}, ["x"])
+        assert found.features[0].statistic == pytest.approx(step / 1000)
         assert found.features[0].alert is alert
 
 
@@ -182,6 +182,12 @@ def test_the_record_is_json() -> None:
         ("major_from", -0.2),
         ("min_rows", 0),
         ("report_rows", 1),
+        ("min_customers", 1),
+        ("prediction_shift", 0),
+        ("false_alarm_rate", 1),
+        ("false_alarm_days", 0),
+        ("window_days", 0),
+        ("workspace_runs", 0),
     ],
 )
 def test_a_nonsense_policy_is_refused_by_name(name: str, value: float) -> None:
@@ -234,6 +240,23 @@ def test_evidently_announces_what_was_judged(current: pd.DataFrame, tmp_path: Pa
     # The page as a whole must not call drift of one feature in three "not detected".
     assert ("Dataset Drift is detected" in text) == (report.verdict == "drift")
     assert ("Dataset Drift is NOT detected" in text) == (report.verdict == "ok")
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_workspace_has_one_run_a_page_and_the_newest_of_them(tmp_path: Path) -> None:
+    policy = DriftPolicy(report_rows=100, workspace_runs=2)
+    report = drift_report(REFERENCE, STABLE, NAMES, policy)
+    for day in (1, 3, 3, 2, 4):
+        at = datetime(2024, 6, day, tzinfo=UTC)
+        page = tmp_path / f"2024-06-0{day}.html"
+        shelf = Shelf(tmp_path / "evidently", at)
+        evidently_report(report, REFERENCE, STABLE, page, shelf=shelf)
+    stored = [
+        json.loads(path.read_text()) for path in (tmp_path / "evidently").glob("*/snapshots/*.json")
+    ]
+    assert sorted(run["name"] for run in stored) == ["2024-06-03", "2024-06-04"]
+    assert sorted(run["timestamp"][:10] for run in stored) == ["2024-06-03", "2024-06-04"]
+    assert len(list((tmp_path / "evidently").glob("*/metadata.json"))) == 1
 
 
 @pytest.mark.usefixtures("offline")

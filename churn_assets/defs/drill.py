@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import ibis
 import msgspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from dagster import DagsterInstance
 from dagster._core.instance.ref import InstanceRef
 from numpy.typing import NDArray
 
 from churn_assets.contract.clock import CLOCK_VARIABLE, set_clock
+from churn_assets.data.features import customer_features, look_back_days
+from churn_assets.data.lake import DAY
 from churn_assets.data.prediction_log import PREDICTION_LOG
+from churn_assets.data.sources import ShopSourceConfig
 from churn_assets.data.windows import label_partition, partition_of_cutoff
 from churn_assets.defs.healing import every_record
 from churn_assets.defs.launch import NO_CAPTURE, run_everything
@@ -49,6 +54,7 @@ from churn_assets.modeling.rows import Part, feature_matrix
 from churn_assets.monitoring.metric import read_metrics
 from churn_assets.monitoring.retraining import RetrainingDecision
 from churn_assets.monitoring.rollback import RollbackDecision
+from churn_assets.simulator import Shop
 
 REQUESTS_A_DAY = 600
 ONE_BY_ONE = 40
@@ -287,7 +293,7 @@ def _judged(case: Case, project: Project) -> tuple[Any, int]:
     scores = {
         "served": log["probability"].to_numpy(dtype=np.float64),
         "nothing": predict_onnx(kept, x),
-        "oracle": _oracle(project, log, x, days),
+        "oracle": _oracle(project, log, _seen_by_oracle(case, project, log, x), days),
     }
     day_of = log["at"].dt.tz_convert(None).to_numpy().astype("datetime64[D]")
     return rolling_auc(days, day_of, churned, scores), len(log)
@@ -321,13 +327,36 @@ def _truth(project: Project, log: pd.DataFrame) -> NDArray[np.bool_]:
     return ~stayed.to_numpy(dtype=np.bool_)
 
 
+def _seen_by_oracle(
+    case: Case, project: Project, log: pd.DataFrame, x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The rows as they were logged, or as they would have been had the feed not been broken."""
+    source = SETTINGS.source
+    if case.shop != "login_tracking_broken" or not isinstance(source, ShopSourceConfig):
+        return x
+    first = partition_of_cutoff(log["cutoff"].min())
+    last = partition_of_cutoff(log["cutoff"].max())
+    sound = Shop(source.shop, SETTINGS.calendar.start)
+    tables = {}
+    for table in SETTINGS.raw_tables:
+        if look_back_days(table, SETTINGS.windows):
+            events = sound.events(table, SETTINGS.calendar.start, last)
+            days = events["occurred_at"].cast(pa.date32())
+            tables[table] = ibis.memtable(events.append_column(DAY, days))
+    found = customer_features(tables, first, last, SETTINGS.windows).to_pyarrow().to_pandas()
+    keys = ["customer_id", "cutoff"]
+    found["cutoff"] = found["cutoff"].astype(log["cutoff"].dtype)
+    rows = log[keys].merge(found, on=keys, how="left", validate="many_to_one")
+    return feature_matrix(rows, [feature.name for feature in project.features])
+
+
 def _oracle(
     project: Project, log: pd.DataFrame, x: NDArray[np.float32], days: Sequence[date]
 ) -> NDArray[np.float64]:
     """P(churn) [rows] by a model trained anew each day on the newest labels that had matured."""
     horizon = SETTINGS.windows.horizon_days
     names = [feature.name for feature in project.features]
-    labelled = set(project.labelled_days())
+    labelled = set(project.sound_days(project.labelled_days()))
     parts: dict[date, Part] = {}
     p = np.full(len(log), np.nan)
     day_of = np.array([moment.date() for moment in log["at"]])

@@ -181,7 +181,7 @@ class BentoRecord(msgspec.Struct, frozen=True):
     model_version: str
     release_id: str
     request: dict[str, str | int | float]
-    response: dict[str, str | float]
+    response: dict[str, str | float | bool]
     latency_ms: float
 
 

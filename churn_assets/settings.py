@@ -43,6 +43,8 @@ from churn_assets.modeling.gates import QualityPolicy
 from churn_assets.modeling.held_out import EvaluationPolicy
 from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.drift import DriftPolicy
+from churn_assets.monitoring.performance import PerformancePolicy
+from churn_assets.monitoring.serving_health import ServingHealthPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -73,6 +75,8 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drift_report: str = "0 4 * * *"
     trial_report: str = "30 4 * * *"
     prediction_log: str = "7 * * * *"
+    serving_health: str = "12 * * * *"
+    performance_report: str = "45 4 * * *"
     clean_archive: str = "0 5 * * *"
     timezone: str = "UTC"
 
@@ -177,6 +181,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registry: RetentionPolicy = RetentionPolicy()
     deployment: DeploymentSettings = DeploymentSettings()
     drift: DriftPolicy = DriftPolicy()
+    performance: PerformancePolicy = PerformancePolicy()
+    serving_health: ServingHealthPolicy = ServingHealthPolicy()
     schedules: Schedules = Schedules()
 
     @property

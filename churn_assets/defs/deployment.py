@@ -6,6 +6,7 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.lifecycle.deployment import deploy
 from churn_assets.lifecycle.records import BentoRecord
+from churn_assets.monitoring.service_samples import take_sample
 
 TARGET = SETTINGS.deployment.target
 
@@ -22,6 +23,8 @@ def deployment(project: dg.ResourceParam[Project], churn_bento: BentoRecord):
     asset with the reason, and what served before goes on serving.
     """
     record = deploy(churn_bento, project.home, project.settings.deployment)
+    # What this release answers is told apart from what was answered before it.
+    take_sample(project.home, project.now(), project.settings.serving_health.url)
     metadata = {
         "target": record.target,
         "release": record.release_id,

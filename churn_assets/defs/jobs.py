@@ -101,6 +101,18 @@ trial = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Judge the version on trial by what has become known of its predictions.",
 )
+performance = dg.define_asset_job(
+    "performance",
+    selection=dg.AssetSelection.assets("performance_report"),
+    tags={"churn/exclusive": "monitoring"},
+    description="Hold the version in Production against what has become known of its predictions.",
+)
+watch_service = dg.define_asset_job(
+    "watch_service",
+    selection=dg.AssetSelection.assets("serving_health"),
+    tags={"churn/exclusive": "serving_health"},
+    description="Look at the latency, the errors and the volume of the service.",
+)
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 # A job may not be called like an asset: a code server would refuse both.
 ingest_predictions = dg.define_asset_job(
@@ -160,5 +172,7 @@ JOBS = [
     drift,
     ingest_predictions,
     trial,
+    performance,
+    watch_service,
     clean_archive,
 ]

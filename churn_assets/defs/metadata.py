@@ -23,6 +23,8 @@ from churn_assets.modeling.metrics import Evaluation, Scores
 from churn_assets.modeling.segments import Segment
 from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
+from churn_assets.monitoring.metric import Metric
+from churn_assets.monitoring.performance import FIGURES, ReleaseLine
 from churn_assets.monitoring.trial import Guard, Look
 
 SAMPLE_ROWS = 5
@@ -371,6 +373,53 @@ def looks_table(looks: Sequence[Look]) -> dg.TableMetadataValue:
                 "at most": look.upper,
             }
             for look in reversed(looks[-HISTORY_ROWS:])
+        ]
+    )
+
+
+def metrics_table(metrics: Sequence[Metric]) -> dg.TableMetadataValue:
+    """A line each metric, with why."""
+    return figures_table(
+        [
+            {
+                "metric": metric.name,
+                "verdict": metric.verdict,
+                "value": metric.value,
+                "limit": metric.limit,
+                "rows": metric.rows,
+                "why": metric.reason,
+            }
+            for metric in metrics
+        ]
+    )
+
+
+def metric_check(name: str, metric: Metric) -> dg.AssetCheckResult:
+    """A check that passes only where its metric is ok: too little to measure does not."""
+    figures = {"verdict": metric.verdict, "limit": metric.limit, "rows": metric.rows}
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=metric.verdict == "ok",
+        severity=dg.AssetCheckSeverity.WARN,
+        description=metric.reason,
+        metadata=figures | ({} if metric.value is None else {"value": metric.value}),
+    )
+
+
+def released_table(lines: Sequence[ReleaseLine]) -> dg.TableMetadataValue:
+    """What each release answered, on the outcomes there are."""
+    return figures_table(
+        [
+            {
+                "release": line.release_id,
+                "outcomes": line.outcomes,
+                "waiting": line.waiting,
+                **{
+                    name: interval_text(line.figures[name]) if line.figures else None
+                    for name in FIGURES
+                },
+            }
+            for line in lines
         ]
     )
 

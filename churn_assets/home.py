@@ -109,6 +109,16 @@ class Home:
         return self.root / "alerts" / "outbox.db"
 
     @property
+    def service_samples(self) -> Path:
+        """What the service counted, each time it was asked, a JSON line each."""
+        return self.root / "monitoring" / "service_samples.jsonl"
+
+    @property
+    def metrics_page(self) -> Path:
+        """The newest value of every metric, for Prometheus, among what `make up` serves."""
+        return self.reports / "metrics.prom"
+
+    @property
     def reports(self) -> Path:
         """The HTML reports, which `make up` serves."""
         return self.root / "reports"

@@ -18,7 +18,7 @@ from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
 from churn_assets.monitoring.feeds import feed_metrics
-from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
+from churn_assets.monitoring.metric import Metric, read_metrics
 from churn_assets.monitoring.retraining import (
     Ending,
     RetrainingDecision,
@@ -54,7 +54,7 @@ def feed_health(context: dg.AssetExecutionContext, project: dg.ResourceParam[Pro
     """The feeds of raw events: days on which far fewer came in than usual, and what they touch."""
     found = project.faults()
     metrics = feed_metrics(found, project.data_time(), SETTINGS.feeds, now=project.now())
-    append_metrics(project.home.metrics, metrics)
+    project.add_metrics(metrics)
     broken = [fault for faults in found.values() for fault in faults if fault.open]
     return dg.MaterializeResult(
         metadata={

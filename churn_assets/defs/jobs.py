@@ -107,6 +107,18 @@ treatment = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Compare the customers nobody treats with the others.",
 )
+performance = dg.define_asset_job(
+    "performance",
+    selection=dg.AssetSelection.assets("performance_report"),
+    tags={"churn/exclusive": "monitoring"},
+    description="Hold the version in Production against what has become known of its predictions.",
+)
+watch_service = dg.define_asset_job(
+    "watch_service",
+    selection=dg.AssetSelection.assets("serving_health"),
+    tags={"churn/exclusive": "serving_health"},
+    description="Look at the latency, the errors and the volume of the service.",
+)
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 # A job may not be called like an asset: a code server would refuse both.
 ingest_predictions = dg.define_asset_job(
@@ -176,5 +188,7 @@ JOBS = [
     trial,
     decisions,
     treatment,
+    performance,
+    watch_service,
     clean_archive,
 ]

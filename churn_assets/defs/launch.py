@@ -311,6 +311,8 @@ def run_everything(home: Home) -> None:
         launcher.run("drift", "drift").require()
         _ingest_log(launcher)
         launcher.run("trial", "trial", ["trial_report"]).require()
+        launcher.run("performance", "performance").require()
+        launcher.run("service", "watch_service").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.monitoring.drift_watch import DriftRecord, watch
 from churn_assets.monitoring.evidently_report import Shelf, evidently_report
-from churn_assets.monitoring.metric import append_metrics
 from churn_assets.monitoring.reference import production_reference
 
 
@@ -58,7 +57,7 @@ def drift_report(project: dg.ResourceParam[Project]):
         shelf=Shelf(home.evidently, now),
     )
     record = msgspec.structs.replace(watched.record, page=str(path))
-    append_metrics(home.metrics, record.metrics())
+    project.add_metrics(record.metrics())
     return dg.MaterializeResult(
         value=record,
         metadata={

@@ -1,4 +1,4 @@
-"""The schedules: the daily refresh, Monday's training, drift, the hourly prediction log."""
+"""The schedules: the daily refresh, Monday's training, the daily and hourly looks at all of it."""
 
 from datetime import UTC, date, datetime, timedelta
 
@@ -206,6 +206,22 @@ decisions_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+performance_schedule = dg.ScheduleDefinition(
+    name="performance_schedule",
+    job=jobs.performance,
+    cron_schedule=cron("performance_report"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
+serving_health_schedule = dg.ScheduleDefinition(
+    name="serving_health_schedule",
+    job=jobs.watch_service,
+    cron_schedule=cron("serving_health"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -221,5 +237,7 @@ SCHEDULES = [
     treatment_schedule,
     prediction_log_schedule,
     decisions_schedule,
+    performance_schedule,
+    serving_health_schedule,
     clean_archive_schedule,
 ]

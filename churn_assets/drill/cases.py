@@ -100,10 +100,15 @@ def configuration(case: Case, *, customers: int) -> dict[str, Any]:
         "promotion": {"mode": "automatic", "min_rows": 300},
         # What the triggers do is drilled: a schedule would heal by luck.
         "retraining": {"modes": {"scheduled": "off"}, "new_label_days": 60},
+        "serving_health": {"window_hours": min(24 * case.every, 168)},
+        "performance": {"min_accuracy": 0.75},
         "schedules": {
             "daily_refresh": f"0 2 {tick}",
             "prediction_log": f"30 2 {tick}",
             "drift_report": f"0 3 {tick}",
+            "performance_report": f"30 3 {tick}",
+            "serving_health": f"45 3 {tick}",
+            "treatment_report": "0 4 1 1 *",
             "decisions": f"0 5 {tick}",
             "trial_report": "0 4 1 1 *",
             "clean_archive": "30 5 1 1 *",

@@ -29,6 +29,7 @@ from dagster._core.instance.ref import InstanceRef
 from numpy.typing import NDArray
 
 from churn_assets.contract.clock import CLOCK_VARIABLE, set_clock
+from churn_assets.contract.request import ROWS
 from churn_assets.data.features import customer_features, look_back_days
 from churn_assets.data.lake import DAY
 from churn_assets.data.prediction_log import PREDICTION_LOG
@@ -227,13 +228,14 @@ def _ask_all_day(
         alone = part[: ONE_BY_ONE // len(_HOURS)]
         for customer in alone:
             _count(counts, 1, after, ask(url, {"customer_id": customer}))
-        body = [{"customer_id": customer} for customer in part[len(alone) :]]
-        encoded = msgspec.json.encode(body)
-        answer = ask(url, encoded, path="/predict_batch")
-        _count(counts, len(body), after, answer)
+        rows = [{"customer_id": customer} for customer in part[len(alone) :]]
+        answer = ask(url, {ROWS: rows}, path="/predict_batch")
+        _count(counts, len(rows), after, answer)
 
 
 def _count(counts: Counts, rows: int, after: bool, answer: Any) -> None:
+    if answer.status not in (200, 500):
+        raise RuntimeError(f"a request of the drill was answered with {answer.content!r}")
     counts.sent += rows
     if after:
         counts.after += rows

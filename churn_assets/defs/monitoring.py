@@ -1,5 +1,7 @@
 """Monitoring: are the requests of the last week like the rows the model was trained on?"""
 
+from pathlib import Path
+
 import dagster as dg
 import msgspec
 
@@ -47,16 +49,18 @@ def drift_report(project: dg.ResourceParam[Project]):
         project.mlflow_client(), SETTINGS.model_name, project.lake, home.releases
     )
     watched = watch(project.lake, reference, SETTINGS.drift, now)
-    path = home.reports / "drift" / f"{watched.record.last}.html"
-    evidently_report(
-        watched.report,
-        watched.reference,
-        watched.current,
-        path,
-        seed=SETTINGS.seed,
-        shelf=Shelf(home.evidently, now),
-    )
-    record = msgspec.structs.replace(watched.record, page=str(path))
+    record = watched.record
+    if SETTINGS.drift.draw == "always" or record.verdict == "drift":
+        path = home.reports / "drift" / f"{record.last}.html"
+        evidently_report(
+            watched.report,
+            watched.reference,
+            watched.current,
+            path,
+            seed=SETTINGS.seed,
+            shelf=Shelf(home.evidently, now),
+        )
+        record = msgspec.structs.replace(record, page=str(path))
     project.add_metrics(record.metrics())
     return dg.MaterializeResult(
         value=record,
@@ -69,7 +73,7 @@ def drift_report(project: dg.ResourceParam[Project]):
             "features": drift_table(watched.report),
             "prediction_shift": record.prediction.reason,
             "reference_drift": record.reference_reason,
-            "evidently": dg.MetadataValue.url(project.report_url(path)),
+            **_page(project, record),
             "reference_rows": len(watched.reference),
             "current_rows": record.rows,
             "customers": record.customers,
@@ -84,6 +88,12 @@ def drift_report(project: dg.ResourceParam[Project]):
             ),
         ],
     )
+
+
+def _page(project: Project, record: DriftRecord) -> dict[str, dg.MetadataValue]:
+    if not record.page:
+        return {}
+    return {"evidently": dg.MetadataValue.url(project.report_url(Path(record.page)))}
 
 
 def _check(name: str, passed: bool, reason: str, record: DriftRecord) -> dg.AssetCheckResult:

@@ -102,6 +102,7 @@ def configuration(case: Case, *, customers: int) -> dict[str, Any]:
         "retraining": {"modes": {"scheduled": "off"}, "new_label_days": 60},
         "serving_health": {"window_hours": min(24 * case.every, 168)},
         "performance": {"min_accuracy": 0.75},
+        "drift": {"draw": "on_drift", "report_rows": 500},
         "schedules": {
             "daily_refresh": f"0 2 {tick}",
             "prediction_log": f"30 2 {tick}",

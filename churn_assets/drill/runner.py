@@ -19,7 +19,7 @@ from churn_assets.drill.outcome import OUTCOME, Outcome
 from churn_assets.drill.report import goals, table, write_report
 from churn_assets.home import PROJECT_ROOT, Home
 
-CUSTOMERS = 2400
+CUSTOMERS = 2000
 _LAST_LINES = 25
 
 

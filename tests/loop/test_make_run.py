@@ -41,6 +41,8 @@ ASSETS = (
     "drift_report",
     "trial_report",
     "prediction_log",
+    "performance_report",
+    "serving_health",
 )
 GATES = (
     "accuracy",
@@ -51,6 +53,15 @@ GATES = (
     "auc_over_recency",
     "log_loss_over_production",
 )
+# Nothing has been asked of a fresh home, and no evidence does not pass.
+WITHOUT_EVIDENCE = {
+    "performance_report.accuracy_holds",
+    "performance_report.no_decay",
+    "serving_health.latency",
+    "serving_health.errors",
+    "serving_health.volume",
+    "serving_health.up",
+}
 CHECKS = {
     "customer_features.schema",
     "customer_features.nulls",
@@ -160,6 +171,7 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert abs(summary["drift"]["prediction_shift"]) <= 0.1
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
     stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log", "trial"]
+    stages += ["performance", "service"]
     assert list(summary["seconds"]) == stages
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
@@ -188,9 +200,13 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.materialized) == set(ASSETS)
     for table in RAW:
         assert sorted(seen.materialized[table][0]) == days(FIRST, LAST)
-    assert set(seen.checks) == CHECKS
-    assert set(seen.checks.values()) == {"SUCCEEDED"}
+    assert set(seen.checks) == CHECKS | WITHOUT_EVIDENCE
+    assert {name for name, ended in seen.checks.items() if ended != "SUCCEEDED"} == (
+        WITHOUT_EVIDENCE
+    )
     assert seen.runs == [
+        ("watch_service", "SUCCESS"),
+        ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
@@ -562,7 +578,9 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
     assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
-    assert refused_run.seen.runs[:4] == [
+    assert refused_run.seen.runs[:6] == [
+        ("watch_service", "SUCCESS"),
+        ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),

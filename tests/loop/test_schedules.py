@@ -74,6 +74,8 @@ def test_everything_is_on() -> None:
         "training_schedule",
         "drift_schedule",
         "prediction_log_schedule",
+        "performance_schedule",
+        "serving_health_schedule",
         "trial_schedule",
         "decisions_schedule",
         "treatment_schedule",

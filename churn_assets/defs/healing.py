@@ -17,7 +17,7 @@ from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
-from churn_assets.monitoring.feeds import feed_metrics
+from churn_assets.monitoring.feeds import feed_metric, find_faults
 from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
 from churn_assets.monitoring.retraining import (
     Ending,
@@ -52,8 +52,13 @@ _Record = TypeVar("_Record")
 )
 def feed_health(context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]):
     """The feeds of raw events: days on which far fewer came in than usual, and what they touch."""
-    found = project.faults()
-    metrics = feed_metrics(found, project.data_time(), SETTINGS.feeds, now=project.now())
+    counts, policy = project.feed_counts(), SETTINGS.feeds
+    found = {table: find_faults(table, days, policy) for table, days in counts.items()}
+    day, now = project.data_time(), project.now()
+    metrics = [
+        feed_metric(table, counts[table], faults, day, policy, now=now)
+        for table, faults in found.items()
+    ]
     append_metrics(project.home.metrics, metrics)
     broken = [fault for faults in found.values() for fault in faults if fault.open]
     return dg.MaterializeResult(

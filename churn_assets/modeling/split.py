@@ -83,7 +83,10 @@ def recent_split(
     """
     days = sorted(set(feature_days))
     if len(days) < 3:
-        raise UserError(_too_short(days, horizon_days))
+        raise UserError(
+            f"{len(days)} sound feature days have matured labels, and a training on recent ones "
+            "takes 3 (training, calibration and test); wait for labels, or train by plan `history`"
+        )
     train = [days[-3]]
     while len(train) < max_train_cutoffs:
         earlier = [day for day in days if day <= labelled_partition(train[-1], spacing_days)]

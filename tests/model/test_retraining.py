@@ -152,7 +152,7 @@ def test_a_manual_trigger_does_not_keep_an_automatic_one() -> None:
 
 
 def test_two_triggers_at_once_are_one_decision() -> None:
-    seen = {"metrics": [*drifted(), *decayed()], **SCHEDULED}
+    seen: dict[str, Any] = {"metrics": [*drifted(), *decayed()], **SCHEDULED}
     decision = decide(**seen)
     assert fired(decision) == ["concept_drift", "drift", "scheduled"]
     assert (decision.verdict, decision.trigger) == ("retrain", "concept_drift")
@@ -488,7 +488,7 @@ def test_two_feeds_break_one_after_the_other() -> None:
 
 def test_the_version_before_comes_back_once_no_feature_sees_the_fault() -> None:
     """A feature of seven days sees a fault that ended 6 days ago, and not one of 7 days ago."""
-    seen = {"without": (LOGINS,), "earlier": [fell_back()], **DRIFT}
+    seen: dict[str, Any] = {"without": (LOGINS,), "earlier": [fell_back()], **DRIFT}
     for ended, verdict in [(6, "suppress"), (7, "restore")]:
         decision = decide(faults=[fault("logins", 9, ended, still=False)], **seen)
         assert decision.verdict == verdict

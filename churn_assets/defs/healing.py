@@ -17,7 +17,7 @@ from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
 from churn_assets.lifecycle.records import TrainingSetRecord
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
-from churn_assets.monitoring.feeds import feed_metrics
+from churn_assets.monitoring.feeds import feed_metric, find_faults
 from churn_assets.monitoring.metric import Metric, read_metrics
 from churn_assets.monitoring.retraining import (
     Ending,
@@ -52,8 +52,13 @@ _Record = TypeVar("_Record")
 )
 def feed_health(context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]):
     """The feeds of raw events: days on which far fewer came in than usual, and what they touch."""
-    found = project.faults()
-    metrics = feed_metrics(found, project.data_time(), SETTINGS.feeds, now=project.now())
+    counts, policy = project.feed_counts(), SETTINGS.feeds
+    found = {table: find_faults(table, days, policy) for table, days in counts.items()}
+    day, now = project.data_time(), project.now()
+    metrics = [
+        feed_metric(table, counts[table], faults, day, policy, now=now)
+        for table, faults in found.items()
+    ]
     project.add_metrics(metrics)
     broken = [fault for faults in found.values() for fault in faults if fault.open]
     return dg.MaterializeResult(
@@ -126,6 +131,7 @@ def rollback_decision(context: dg.AssetExecutionContext, project: dg.ResourcePar
         former_version_replayed(project, registry),
         SETTINGS.rollback,
         automatic=POLICY,
+        endings=endings_of(context.instance),
         now=project.now(),
     )
     context.log.info("%s: %s", decision.verdict, "; ".join(decision.reasons))
@@ -152,8 +158,8 @@ def retraining_evidence(
     records, production = project.home.records, registry.production
     trainings = [
         Training(record.at, record.test, record.plan, record.without, record.decision)
-        for record in every_record(records, "training_set", TrainingSetRecord)
-        if record.at is not None
+        for run_id, record in records_by_run(records, "training_set", TrainingSetRecord).items()
+        if record.at is not None and came_to_a_model(instance, records, run_id)
     ]
     held = tenures(registry.history)
     return RetrainingEvidence(
@@ -175,13 +181,26 @@ def earlier_decisions(records: Path) -> list[RetrainingDecision]:
     return sorted(found, key=lambda decision: decision.at)
 
 
+def came_to_a_model(instance: DagsterInstance, records: Path, run_id: str) -> bool:
+    """Whether a training did, or may still: one that broke off before has to be done again."""
+    if (records / "trained_model" / f"{run_id}.json").exists():
+        return True
+    run = instance.get_run_by_id(run_id)
+    return run is None or run.status not in _FAILED
+
+
 def every_record(records: Path, asset: str, kind: type[_Record]) -> list[_Record]:
     """What each run of `asset` left, in no order. One of another format is left out."""
-    found = []
+    return list(records_by_run(records, asset, kind).values())
+
+
+def records_by_run(records: Path, asset: str, kind: type[_Record]) -> dict[str, _Record]:
+    """What each run of `asset` left, by the run's id. One of another format is left out."""
+    found = {}
     for path in (records / asset).glob("*.json"):
         if path.stem != "latest" and not path.name.startswith("."):
             try:
-                found.append(msgspec.json.decode(path.read_bytes(), type=kind))
+                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=kind)
             except msgspec.ValidationError:
                 continue
     return found

@@ -209,7 +209,9 @@ def production_release(
 def change_what_serves(
     client: "MlflowClient", config: Change, releases: Path, now: datetime
 ) -> None:
-    """Carry out a person's word, or the end of a trial by the policy. Raises UserError."""
+    """Carry out a person's word, or what the policy may do alone: to end a trial, and to roll back
+    where a decision says so. Raises UserError.
+    """
     name, by_policy = SETTINGS.model_name, config.who == POLICY
     if config.what == "stop_trial":
         who = POLICY if by_policy else Approval(str(config.who), config.why).who

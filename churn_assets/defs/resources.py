@@ -165,28 +165,29 @@ class Project:
         matured = (labelled_partition(day, horizon) for day in self.lake.days("churn_labels"))
         return [day for day in matured if day in with_features]
 
-    def faults(self) -> dict[str, tuple[Fault, ...]]:
-        """The faults of each raw feed, as its daily counts tell of them."""
+    def feed_counts(self) -> dict[str, dict[date, int]]:
+        """The events of each raw feed by day, as far back as faults are looked for."""
         tables = [table for table in self.settings.raw_tables if table != "customers"]
         newest = self.data_time()
+        first = newest - timedelta(days=FAULTS_DAYS)
+        return {table: self.lake.row_counts(table, first, newest) for table in tables}
+
+    def faults(self) -> dict[str, tuple[Fault, ...]]:
+        """The faults of each raw feed, as its daily counts tell of them."""
         return {
-            table: find_faults(
-                table,
-                self.lake.row_counts(table, newest - timedelta(days=FAULTS_DAYS), newest),
-                self.settings.feeds,
-            )
-            for table in tables
+            table: find_faults(table, counts, self.settings.feeds)
+            for table, counts in self.feed_counts().items()
         }
 
     def sound_days(self, days: Sequence[date], *, without: Sequence[str] = ()) -> list[date]:
-        """Those of the feature `days` at which no feature, but those `without`, sees a fault."""
+        """Those of the feature `days` whose labels and features, but those `without`, are sound."""
         faults = [
             fault
             for found in self.faults().values()
             for fault in found
             if not set(fault.features) <= set(without)
         ]
-        touched = contaminated(faults, days)
+        touched = contaminated(faults, days, horizon_days=self.settings.windows.horizon_days)
         return [day for day in days if day not in touched]
 
     def newest_customer(self) -> dict[str, str | int | float] | None:

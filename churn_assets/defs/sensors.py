@@ -74,13 +74,20 @@ def retraining_decided(
     asset_event: dg.EventLogEntry,
     project: dg.ResourceParam[Project],
 ) -> dg.RunRequest | dg.SkipReason:
-    """Carry a decision to train, or to restore a version, to a run, once."""
+    """Carry a decision to train, or to restore a version, to a run, once.
+
+    What is restored is the version before one that does without a feature, while that is there.
+    """
     decision = decided(
         project.home.records, "retraining_decision", asset_event.run_id, RetrainingDecision
     )
     if decision.verdict in ("retrain", "fall_back"):
         return train_request(decision)._replace(job_name=jobs.training.name)
     if decision.verdict == "restore":
+        registry = read_registry(project.mlflow_client(), SETTINGS.model_name)
+        version = registry.production
+        if version is None or not registry.version(version).without:
+            return dg.SkipReason(f"version {version} does without nothing: there is no way back")
         request = rollback_request(decision.id, decision.at, decision.reasons)
         return request._replace(job_name=jobs.rollback.name)
     return dg.SkipReason(f"{decision.verdict}: {'; '.join(decision.reasons)}")

@@ -2,8 +2,8 @@
 
 A simulated month must not take a month. The daemon here asks the schedules and sensors of the code
 location what Dagster's own would ask them, at the moments of the simulated clock, and executes what
-they request in this process, one run after the other. What a run key has asked for once is not run
-again, whatever is restarted in between.
+they request in this process, one run after the other. As with Dagster's own, each run carries what
+it was asked for by, and what has asked once is not run again, whatever is restarted in between.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import dagster as dg
 import msgspec
-from dagster import DagsterInstance, DagsterRunStatus
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.storage.tags import RUN_KEY_TAG
 from dagster._utils.schedules import schedule_execution_time_iterator
 
 from churn_assets.contract.clock import set_clock
@@ -24,6 +25,7 @@ from churn_assets.errors import UserError
 
 # A sensor that asks for a run at each of so many evaluations in a row would never be done.
 _MOST_ROUNDS = 12
+_ASKED_BY = "churn/asked_by"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,10 @@ class SimulatedRun:
 
 
 class State(msgspec.Struct):
-    """What a daemon knows from one start to the next: cursors, run keys, the last tick."""
+    """What a daemon knows from one start to the next: cursors and the last tick."""
 
     ticked: datetime
     cursors: dict[str, str] = {}
-    run_keys: dict[str, str] = {}
 
 
 def _as_it_is(job: str, request: dg.RunRequest, at: datetime) -> dg.RunRequest:
@@ -127,7 +128,9 @@ class SimulatedDaemon:
         ) as context:
             asked = schedule.evaluate_tick(context)
         for request in asked.run_requests or []:
-            self.execute(schedule.job_name, schedule.name, request, moment)
+            # One without a key is the only one of its tick.
+            keyed = request.with_replaced_attrs(run_key=request.run_key or moment.isoformat())
+            self.execute(schedule.job_name, schedule.name, keyed, moment)
 
     def _tick_sensors(self, moment: datetime) -> None:
         """Evaluate the sensors until none of them asks for anything more."""
@@ -161,16 +164,20 @@ class SimulatedDaemon:
     def execute(
         self, job: str | None, asked_by: str, request: dg.RunRequest, moment: datetime
     ) -> bool:
-        """Execute what is requested; whether it was: once for a run key, whatever its end."""
+        """Execute what is requested; whether it was: once for a run key, whatever its end.
+
+        That there was such a run is known from the instance, as it began: a daemon killed during a
+        run has asked for it.
+        """
         assert job is not None, f"{asked_by} names no job"
-        key = f"{asked_by}/{request.run_key}" if request.run_key else None
-        if key is not None and key in self._state.run_keys:
+        marks = {_ASKED_BY: asked_by, RUN_KEY_TAG: request.run_key} if request.run_key else {}
+        if marks and self.instance.get_runs(RunsFilter(tags=marks), limit=1):
             return False
         request = self.alter(job, request, moment)
         result = self.definitions.resolve_job_def(job).execute_in_process(
             instance=self.instance,
             run_config=dict(request.run_config or {}),
-            tags=dict(request.tags),
+            tags={**request.tags, **marks},
             partition_key=request.partition_key,
             asset_selection=list(request.asset_selection) if request.asset_selection else None,
             raise_on_error=False,
@@ -179,9 +186,6 @@ class SimulatedDaemon:
         done = run is not None and run.status is DagsterRunStatus.SUCCESS
         tags = dict(run.tags) if run else {}
         self.runs.append(SimulatedRun(job, asked_by, moment, result.run_id, done, tags))
-        if key is not None:
-            self._state.run_keys[key] = result.run_id
-            self._keep()
         return True
 
     def _keep(self) -> None:

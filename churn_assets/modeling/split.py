@@ -83,7 +83,10 @@ def recent_split(
     """
     days = sorted(set(feature_days))
     if len(days) < 3:
-        raise UserError(_too_short(days, horizon_days))
+        raise UserError(
+            f"{len(days)} sound feature days have matured labels, and a training on recent ones "
+            "takes 3 (training, calibration and test); wait for labels, or train by plan `history`"
+        )
     train = [days[-3]]
     while len(train) < max_train_cutoffs:
         earlier = [day for day in days if day <= labelled_partition(train[-1], spacing_days)]
@@ -164,8 +167,11 @@ def rolling_origins(split: Split, most: int) -> tuple[Fold, ...]:
     Every fold repeats the whole procedure on an earlier day: train, then calibrate, then judge, an
     embargo apart, all of it among the training cutoffs, so that the calibration and the test cutoff
     choose nothing. With two training cutoffs, no fold is calibrated; with a single one, the
-    calibration cutoff has to judge.
+    calibration cutoff has to judge. So it does where the parts are by customers: their cutoffs lie
+    too close for an embargo, and the customers it judges by were learned from by no candidate.
     """
+    if split.by_customers:
+        return (Fold(split.train, None, split.calibration),)
     train, horizon = list(split.train), split.horizon_days
     folds: list[Fold] = []
     for judged in reversed(train):

@@ -19,6 +19,9 @@ from churn_assets.data.windows import cutoff_of
 from churn_assets.errors import UserError
 from churn_assets.monitoring.metric import Metric
 
+# The table whose events say who has churned.
+LABELLED_BY = "orders"
+
 _DAY = timedelta(days=1)
 _WEEKS, _FEWEST_WEEKS = 6, 3
 # Sums over so many days are looked at: a dense feed tells in one, a sparse one takes a week.
@@ -31,7 +34,8 @@ class FeedPolicy:
 
     min_ratio: of the events usual on such days (the median of the same weekday in the six sound
     weeks before). chance: a count that Poisson arrivals at the usual rate would produce more often
-    than this is no fault. accept_after_days: a fault that lasts longer is the new usual.
+    than this is no fault. accept_after_days: a fault that lasts as long is the new usual, and what
+    came before it no longer counts.
     """
 
     min_ratio: float = 0.5
@@ -84,68 +88,102 @@ def find_faults(
 ) -> tuple[Fault, ...]:
     """The faults of a feed, oldest first, from its events by day.
 
-    counts: of every complete partition, the days that have none of them left out. The usual count
-    of a day is the median of its weekday in the last six weeks outside of faults; with fewer than
-    three such weeks nothing can be said of it.
+    counts: of every complete partition; a day without one is left out, one without events has zero.
+    The usual count of a day is the median of its weekday in the last six weeks outside of faults;
+    with fewer than three such weeks nothing can be said of it.
     """
     policy = policy or FeedPolicy()
     sound: list[date] = []
+    # Of the days since the last fault: a sum that reached into it would find it once more.
     usual: dict[date, float] = {}
     found: list[Fault] = []
     for day in sorted(counts):
         expected = _usual(counts, sound, day)
+        going_on = found[-1] if found and found[-1].open else None
+        if going_on and not expected:
+            # On a day on which nothing ever comes, a feed shows neither fault nor repair.
+            continue
         if expected is None:
             sound.append(day)
             continue
         usual[day] = expected
-        going_on = found[-1] if found and found[-1].open else None
         broken = _is_broken(counts, usual, day, policy, goes_on=going_on is not None)
         if broken and going_on:
             found[-1] = _fault(table, counts, usual, going_on.first, day)
             if (day - going_on.first).days >= policy.accept_after_days:
                 found.pop()
-                sound += [d for d in sorted(counts) if going_on.first <= d <= day]
+                sound = [d for d in sorted(counts) if going_on.first <= d <= day]
+                usual = {}
         elif broken:
-            found.append(_fault(table, counts, usual, _first_broken(counts, usual, day), day))
+            first = _first_broken(counts, usual, day, policy)
+            found.append(_fault(table, counts, usual, first, day))
             sound = [d for d in sound if d < found[-1].first]
         else:
             if going_on:
                 found[-1] = msgspec.structs.replace(going_on, open=False)
+                usual = {day: expected}
             sound.append(day)
     return tuple(found)
 
 
-def feed_metrics(
-    faults: Mapping[str, Sequence[Fault]], day: date, policy: FeedPolicy, *, now: datetime
-) -> list[Metric]:
-    """A metric `feed/<table>` for each table, as of the partition `day`."""
-    told = []
-    for table, found in faults.items():
-        broken = next((fault for fault in found if fault.open), None)
-        told.append(
-            Metric(
-                name=f"feed/{table}",
-                verdict="alert" if broken else "ok",
-                value=broken.ratio if broken else None,
-                limit=policy.min_ratio,
-                reason=broken.line()
-                if broken
-                else "as many events as usual, as far as one can tell",
-                at=now,
-                until=cutoff_of(day),
-            )
-        )
-    return told
+def feed_metric(
+    table: str,
+    counts: Mapping[date, int],
+    faults: Sequence[Fault],
+    day: date,
+    policy: FeedPolicy,
+    *,
+    now: datetime,
+) -> Metric:
+    """The metric `feed/<table>` as of the partition `day`: events that came, of those usual.
+
+    counts, faults: of the table, as find_faults has them. The value is that of the fault that is
+    going on, or else of the last week outside of faults; with no usual count of any of its days it
+    is `insufficient`.
+    """
+    broken = next((fault for fault in faults if fault.open), None)
+    ratio = broken.ratio if broken else _recent_ratio(counts, faults, day)
+    if ratio is None:
+        verdict, reason = "insufficient", f"no usual count is known before {_FEWEST_WEEKS} weeks"
+    elif broken:
+        verdict, reason = "alert", broken.line()
+    else:
+        verdict, reason = "ok", f"{ratio:.0%} of the usual events in the last week"
+    return Metric(
+        name=f"feed/{table}",
+        verdict=verdict,
+        value=ratio,
+        limit=policy.min_ratio,
+        reason=reason,
+        at=now,
+        until=cutoff_of(day),
+    )
 
 
-def contaminated(faults: Sequence[Fault], days: Sequence[date]) -> set[date]:
-    """The feature days of `days` at which a feature sees one of the faults."""
-    return {
-        day
-        for fault in faults
-        for day in days
-        if fault.first <= day < (date.max if fault.open else fault.sound_from)
-    }
+def contaminated(
+    faults: Sequence[Fault], days: Sequence[date], *, horizon_days: int = 0
+) -> set[date]:
+    """The feature days of `days` at which a feature sees one of the faults.
+
+    horizon_days: of the labels that are used too; one whose window sees a fault of the orders says
+    of customers who ordered that they churned.
+    """
+    touched = set()
+    for fault in faults:
+        ahead = horizon_days if fault.table == LABELLED_BY else 0
+        first = fault.first - timedelta(days=ahead)
+        end = date.max if fault.open else fault.sound_from
+        touched |= {day for day in days if first <= day < end}
+    return touched
+
+
+def _recent_ratio(counts: Mapping[date, int], faults: Sequence[Fault], day: date) -> float | None:
+    sound = [d for d in sorted(counts) if not any(f.first <= d <= f.last for f in faults)]
+    came = expected = 0.0
+    for recent in (d for d in sound if day - 7 * _DAY < d <= day):
+        usual = _usual(counts, [d for d in sound if d < recent], recent)
+        came, expected = came + counts[recent] * (usual is not None), expected + (usual or 0.0)
+    return came / expected if expected else None
 
 
 def _usual(counts: Mapping[date, int], sound: Sequence[date], day: date) -> float | None:
@@ -176,11 +214,16 @@ def _is_broken(
     return False
 
 
-def _first_broken(counts: Mapping[date, int], usual: Mapping[date, float], day: date) -> date:
+def _first_broken(
+    counts: Mapping[date, int], usual: Mapping[date, float], day: date, policy: FeedPolicy
+) -> date:
     """Where the fault that shows on `day` began: the first of the low days that lead up to it."""
-    first = day
-    while (before := first - _DAY) in usual and counts[before] < 0.5 * usual[before]:
-        first = before
+    first = before = day
+    while (before := before - _DAY) in usual:
+        if counts[before] < policy.min_ratio * usual[before]:
+            first = before
+        elif usual[before] > 0:
+            break
     return first
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from churn_assets.errors import UserError
-from churn_assets.monitoring.feeds import Fault
+from churn_assets.monitoring.feeds import LABELLED_BY, Fault
 from churn_assets.monitoring.metric import Metric
 
 TriggerName = Literal["scheduled", "drift", "performance", "new_labels", "concept_drift"]
@@ -42,6 +42,8 @@ _ORDER: tuple[TriggerName, ...] = (
 )
 _DAY = timedelta(days=1)
 _CLOCK_TOLERANCE = timedelta(hours=1)
+# A weekly report, and some days for it to be late: an older one says nothing of today.
+_FRESH = timedelta(days=10)
 _WIDEN = (
     "the features explain less of churn than they did: look for what customers do now that none of "
     "them sees, and add it to churn_assets/contract/features.py"
@@ -74,12 +76,13 @@ class RetrainingPolicy:
     max_age_days: the schedule has missed a training when the last one is older. persistence: so
     many daily reports in a row must tell of drift. performance_persistence: the same of decay on
     matured labels. new_label_days: so many newer labelled days are more data worth training on.
-    follow_up_days: that, after a training on recent data, whose share of it is still small.
+    follow_up_days: that, after a training on recent labels, of which there were few yet.
     follow_ups: trainings of that kind after one that a drift asked for. min_new_label_days: fewer
-    newer labelled days than this teach nothing new. cool_down_days: between two trainings.
-    attempts, retry_hours: how often a training that failed is tried, and when. budget: trainings
-    that decisions may ask for in 30 days. fallback_after_days: that a feed must have been broken
-    before a version trained without it takes over.
+    labelled days newer than the last training of the same plan teach nothing new. cool_down_days:
+    after a training that a decision asked for; the weekly one delays none. attempts, retry_hours:
+    how often a training that failed is tried, and when. budget: trainings that decisions may ask
+    for in 30 days. fallback_after_days: that a feed must have been broken before a version trained
+    without it takes over.
     """
 
     modes: Modes = field(default_factory=Modes)
@@ -106,7 +109,7 @@ _MAY_BE_NONE = ("follow_ups", "min_new_label_days", "cool_down_days")
 
 
 class Training(msgspec.Struct, frozen=True):
-    """A training there has been: when, on labels up to which feature day, and by which plan.
+    """A training that came to a model, or goes on: when, on labels up to which day, by which plan.
 
     without: features it had to do without. decision: what asked for it, None for a schedule or a
     person.
@@ -159,11 +162,11 @@ class RetrainingDecision(msgspec.Struct, frozen=True):
 class RetrainingEvidence:
     """What a decision is made from.
 
-    metrics: the series, as measured. faults: of the feeds, open or past. trainings: every one
-    there has been. labelled_days: feature days with matured labels that no fault has touched.
-    production, since: the version in Production, and since when. without: the features it was
-    trained without. earlier: decisions made before. endings: of the runs that carried them out, by
-    the decision's id.
+    metrics: the series, as measured. faults: of the feeds, open or past. trainings: every one that
+    came to a model, or goes on. labelled_days: feature days with matured labels that no fault has
+    touched. production, since: the version in Production, and since when. without: the features it
+    was trained without. earlier: decisions made before. endings: of the runs that carried them out,
+    by the decision's id.
     """
 
     metrics: Sequence[Metric]
@@ -227,17 +230,15 @@ class _Decision:
         return tuple(found)
 
     @property
-    def fault(self) -> Fault | None:
-        """The fault that is going on, or whose traces features still see."""
-        touched = [
-            fault for fault in self.seen.faults if fault.open or self.data_day < fault.sound_from
-        ]
-        return next((f for f in touched if f.open), touched[0] if touched else None)
+    def faults(self) -> tuple[Fault, ...]:
+        """The faults that are going on, then those whose traces features still see."""
+        touched = [f for f in self.seen.faults if f.open or self.data_day < f.sound_from]
+        return tuple(sorted(touched, key=lambda fault: not fault.open))
 
     @property
     def last(self) -> Training | None:
         """The newest training."""
-        return max(self.seen.trainings, key=lambda training: training.at, default=None)
+        return _last_of(self.seen.trainings)
 
     def clock_set_back(self) -> RetrainingDecision | None:
         """Time that has not come yet is in the records: nothing said of ages would be true."""
@@ -262,16 +263,19 @@ class _Decision:
 
     def restore(self) -> RetrainingDecision | None:
         """The feed is repaired and no feature sees the fault any more."""
-        fault = self.fault
-        if not self.seen.without or (fault and set(fault.features) & set(self.seen.without)):
-            return None
         by_fault = any(d.verdict == "fall_back" for d in self.seen.earlier)
-        if not by_fault:
+        if not self.seen.without or not by_fault or self.policy.modes.data_fault == "off":
+            return None
+        if any(set(fault.features) & set(self.seen.without) for fault in self.faults):
             return None
         reason = f"the feed of {', '.join(self.seen.without)} is sound again"
         if self.policy.modes.data_fault != "automatic":
             return self.made(
-                "wait", "data_fault", (reason, _by_person("data_fault")), "nothing", alert=True
+                "wait",
+                "data_fault",
+                (reason, _by_person("data_fault", "rollback")),
+                "a person decides",
+                alert=True,
             )
         return self.made(
             "restore", "data_fault", (reason,), "the version before comes back", alert=True
@@ -279,20 +283,23 @@ class _Decision:
 
     def data_fault(self) -> RetrainingDecision | None:
         """A broken feed: nothing is learned from it, and a version that needs it steps aside."""
-        fault = self.fault
-        if fault is None or self.policy.modes.data_fault == "off":
+        faults = self.faults
+        if not faults or self.policy.modes.data_fault == "off":
             return None
-        reasons = [fault.line()]
-        if not fault.open:
-            reasons.append(f"its features are sound again from {fault.sound_from} on")
+        reasons = [
+            fault.line()
+            if fault.open
+            else f"{fault.line()}; its features are sound again from {fault.sound_from} on"
+            for fault in faults
+        ]
         kept = [t.name for t in self.triggers if t.fired and t.mode == "automatic"]
         if kept:
             reasons.append(f"suppressed: {', '.join(kept)}")
-        days = (fault.last - fault.first).days + 1
-        fallback = self._fallback_of(fault)
-        if fault.open and days >= self.policy.fallback_after_days and isinstance(fallback, tuple):
+        broken = [f for f in faults if f.open and self._lasts(f)]
+        fallback = self._fallback_of(broken)
+        if isinstance(fallback, tuple):
             if self.policy.modes.data_fault == "manual":
-                reasons.append(_by_person("data_fault"))
+                reasons.append(_by_person("data_fault", "train --reason"))
             else:
                 return self.made(
                     "fall_back",
@@ -301,15 +308,16 @@ class _Decision:
                     f"train and serve a version without {', '.join(fallback)}",
                     alert=True,
                     without=fallback,
-                    until=fault.first - _DAY,
-                    faults=(fault,),
+                    until=min(fault.first for fault in broken) - _DAY,
+                    faults=tuple(broken),
                 )
         elif isinstance(fallback, str):
             reasons.append(fallback)
-        told = any(d.verdict == "suppress" and fault.table in d.action for d in self._recent(2))
-        action = f"learn nothing from {fault.table} until the feed is repaired"
+        tables = ", ".join(sorted({fault.table for fault in faults}))
+        action = f"learn nothing from {tables} until the feed is repaired"
+        told = any(d.verdict == "suppress" and d.action == action for d in self._recent(2))
         return self.made(
-            "suppress", "data_fault", tuple(reasons), action, alert=not told, faults=(fault,)
+            "suppress", "data_fault", tuple(reasons), action, alert=not told, faults=faults
         )
 
     def retrain(self) -> RetrainingDecision | None:
@@ -319,15 +327,18 @@ class _Decision:
             return None
         automatic = [t for t in fired if t.mode == "automatic"]
         first = (automatic or fired)[0]
-        reasons = tuple(f"{t.name}: {t.reason}" for t in fired)
+        reasons = tuple(f"{t.name}: {t.reason}" for t in self.triggers if t.fired)
+        inaccurate = any(t.name == "performance" and t.fired for t in self.triggers)
         concept = any(t.name == "concept_drift" for t in fired)
-        alert = any(t.name in ("concept_drift", "drift") for t in fired)
+        alert = inaccurate or any(t.name in ("concept_drift", "drift") for t in fired)
         if not automatic:
-            why = _by_person(first.name)
+            why = _by_person(first.name, "train --reason")
             return self.made("wait", first.name, (*reasons, why), "a person decides", alert=True)
-        if held := self._held_back():
-            return self.made("wait", first.name, (*reasons, held), "nothing yet", alert=False)
         plan = self._plan(first.name)
+        if held := self._held_back(plan):
+            if inaccurate:
+                return self._look_into((*reasons, held))
+            return self.made("wait", first.name, (*reasons, held), "nothing yet", alert=False)
         return self.made(
             "retrain",
             first.name,
@@ -341,10 +352,11 @@ class _Decision:
     def investigate(self) -> RetrainingDecision | None:
         """Accuracy is down, and nothing says that a training would mend it."""
         found = next(t for t in self.triggers if t.name == "performance")
-        if not found.fired:
-            return None
+        return self._look_into((f"performance: {found.reason}",)) if found.fired else None
+
+    def _look_into(self, reasons: tuple[str, ...]) -> RetrainingDecision:
         return self.made(
-            "investigate", "performance", (found.reason,), "a person looks into it", alert=True
+            "investigate", "performance", reasons, "a person looks into it", alert=True
         )
 
     def made(
@@ -407,6 +419,8 @@ class _Decision:
             seen |= bool(judged)
             days = {m.until.date(): m for m in judged}
             last = [days[day] for day in sorted(days)][-reports:]
+            if not last or self.now - last[-1].at > _FRESH:
+                continue
             if len(last) == reports and all(m.verdict == "alert" for m in last):
                 times = f" ({reports} reports in a row)" if reports > 1 else ""
                 return True, f"{name} {last[-1].reason}{times}"
@@ -424,23 +438,27 @@ class _Decision:
     def _newest(self) -> dict[str, Metric]:
         return {metric.name: metric for metric in self._current()}
 
-    def _new_label_days(self) -> int:
-        last = self.last
+    def _new_label_days(self, plan: Plan) -> int:
+        """Labelled days since the last training; one on the history learns little from the newest,
+        so that to a training on recent labels only those like it count."""
+        recent = [training for training in self.seen.trainings if training.plan == "recent"]
+        last = _last_of(recent) if plan == "recent" else self.last
         newest = max(self.seen.labelled_days, default=None)
         if newest is None:
             return 0
         return len(self.seen.labelled_days) if last is None else (newest - last.newest).days
 
     def _new_labels(self) -> tuple[bool, str]:
-        new, wanted = self._new_label_days(), self.policy.new_label_days
+        wanted = self.policy.new_label_days
         if self._follows_up():
             wanted = min(wanted, self.policy.follow_up_days)
+        new = self._new_label_days(self._plan("new_labels"))
         told = f"{new} days of labels are newer than what was trained on, {wanted} are asked for"
         return new >= wanted, told
 
     def _follows_up(self) -> bool:
-        """Whether the last training was on recent data, of which there was little yet."""
-        ordered = sorted(self.seen.trainings, key=lambda training: training.at)
+        """Whether the last training asked for was on recent labels, of which there were few yet."""
+        ordered = sorted(self._asked_for, key=lambda training: training.at)
         recent = 0
         while ordered and ordered[-1].plan == "recent":
             recent += 1
@@ -460,16 +478,23 @@ class _Decision:
             return "recent"
         return "recent" if trigger == "new_labels" and self._follows_up() else "history"
 
-    def _held_back(self) -> str | None:
+    @property
+    def _asked_for(self) -> list[Training]:
+        return [training for training in self.seen.trainings if training.decision is not None]
+
+    def _held_back(self, plan: Plan) -> str | None:
         """Why there is to be no training now, whatever asks for it."""
-        last, policy = self.last, self.policy
-        asked = [d for d in self.seen.earlier if d.verdict == "retrain" and d.at <= self.now]
-        running = [d.id for d in asked if self.seen.endings.get(d.id) == "running"]
+        last, policy = _last_of(self._asked_for), self.policy
+        carried = self._carried_out("retrain")
+        running = [d.id for d in carried if self.seen.endings[d.id] == "running"]
         if running:
             return f"{running[-1]} is being carried out"
         if last is not None and (age := (self.now - last.at) / _DAY) < policy.cool_down_days:
-            return f"the last training was {age:.1f} days ago, {policy.cool_down_days} must pass"
-        failed = self._failed_in_a_row(asked)
+            return (
+                f"the last training asked for was {age:.1f} days ago, {policy.cool_down_days} must "
+                "pass"
+            )
+        failed = self._failed_in_a_row(carried)
         if failed:
             hours = (self.now - failed[-1].at) / timedelta(hours=1)
             if len(failed) >= policy.attempts and hours < 24 * policy.cool_down_days:
@@ -479,12 +504,12 @@ class _Decision:
                     f"a training failed {hours:.0f} hours ago; it is tried again after "
                     f"{policy.retry_hours}"
                 )
-        spent = sum(self.now - d.at < 30 * _DAY and d.id in self.seen.endings for d in asked)
+        spent = sum(self.now - d.at < 30 * _DAY for d in carried)
         if spent >= policy.budget:
             return (
                 f"decisions asked for {spent} trainings in 30 days, the budget is {policy.budget}"
             )
-        new = self._new_label_days()
+        new = self._new_label_days(plan)
         if new < policy.min_new_label_days:
             return (
                 f"{new} days of labels are newer than what was trained on, at least "
@@ -492,8 +517,14 @@ class _Decision:
             )
         return None
 
-    def _failed_in_a_row(self, asked: Sequence[RetrainingDecision]) -> list[RetrainingDecision]:
-        carried = [d for d in asked if d.id in self.seen.endings]
+    def _carried_out(self, verdict: str) -> list[RetrainingDecision]:
+        """The decisions of that kind that a run carried out, each once, oldest first."""
+        found = {
+            d.id: d for d in self.seen.earlier if d.verdict == verdict and d.id in self.seen.endings
+        }
+        return sorted(found.values(), key=lambda decision: decision.at)
+
+    def _failed_in_a_row(self, carried: Sequence[RetrainingDecision]) -> list[RetrainingDecision]:
         failed: list[RetrainingDecision] = []
         for decision in reversed(carried):
             if self.seen.endings[decision.id] != "failed":
@@ -501,28 +532,38 @@ class _Decision:
             failed.insert(0, decision)
         return failed
 
-    def _fallback_of(self, fault: Fault) -> tuple[str, ...] | str | None:
+    def _lasts(self, fault: Fault) -> bool:
+        return (fault.last - fault.first).days + 1 >= self.policy.fallback_after_days
+
+    def _fallback_of(self, broken: Sequence[Fault]) -> tuple[str, ...] | str | None:
         """The features to do without; why that cannot be done; or None when it has been done."""
-        if set(fault.features) <= set(self.seen.without):
+        names = {name for fault in broken for name in fault.features}
+        if names <= set(self.seen.without):
             return None
-        if fault.table == "orders":
-            return "no model does without orders"
+        if any(fault.table == LABELLED_BY for fault in broken):
+            return f"no model does without {LABELLED_BY}"
+        # What the version in Production does without stays out until its feed is sound again.
+        tainted = {name for fault in self.faults for name in fault.features}
+        names |= tainted & set(self.seen.without)
+        wanted, known = ", ".join(sorted(names)), {(f.table, f.first) for f in broken}
         tried = [
             d
-            for d in self.seen.earlier
-            if d.verdict == "fall_back"
-            and any((f.table, f.first) == (fault.table, fault.first) for f in d.faults)
-            and d.id in self.seen.endings
+            for d in self._carried_out("fall_back")
+            if known <= {(f.table, f.first) for f in d.faults}
         ]
         if tried and self.seen.endings[tried[-1].id] != "failed":
-            return f"{tried[-1].id} asked for a version without {', '.join(fault.features)}"
+            return f"{tried[-1].id} asked for a version without {wanted}"
         if len(tried) >= self.policy.attempts:
-            return f"a version without {', '.join(fault.features)} failed {len(tried)} times"
-        return fault.features
+            return f"a version without {wanted} failed {len(tried)} times"
+        return tuple(sorted(names))
 
     def _recent(self, days: int) -> list[RetrainingDecision]:
         return [d for d in self.seen.earlier if timedelta() <= self.now - d.at < days * _DAY]
 
 
-def _by_person(name: str) -> str:
-    return f"retraining.modes.{name} is manual: a person decides, with `churn train --reason`"
+def _last_of(trainings: Sequence[Training]) -> Training | None:
+    return max(trainings, key=lambda training: training.at, default=None)
+
+
+def _by_person(name: str, command: str) -> str:
+    return f"retraining.modes.{name} is manual: a person decides, with `churn {command}`"

@@ -9,7 +9,7 @@ good version, and the same is not done again for a while, so that it cannot flap
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from churn_assets.monitoring.metric import Metric
 
 LIVE = ("p95_latency_ms", "error_rate")
 _DAY = timedelta(days=1)
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class WatchPolicy:
     """When a release is taken back. Days are of operational time.
 
     mode: `automatic`, `manual` (a person decides, and is told), or `off`. watch_days: for how long
-    a release is watched. hold_off_days: after a rollback, none is done by itself. min_requests:
-    live metrics of fewer say nothing. margin: by so much the log loss may be worse than that of the
-    version before. min_rows: fewer labelled customers are no evidence.
+    a release is watched. hold_off_days: after a rollback that was done by itself, no other is.
+    min_requests: live metrics of fewer say nothing. margin: by so much the log loss may be worse
+    than that of the version before. min_rows: fewer labelled customers are no evidence.
     """
 
     mode: Literal["automatic", "manual", "off"] = "automatic"
@@ -79,18 +80,31 @@ def decide_rollback(
     policy: WatchPolicy,
     *,
     automatic: str,
+    endings: Mapping[str, str],
     now: datetime,
 ) -> RollbackDecision:
     """Decide on the version that `history` says is in Production.
 
     live: the newest metrics of its release. replay: that version (the candidate) against the last
     known good one (the incumbent) on labelled customers, or why they cannot be compared. automatic:
-    who rolls back when this says so, as the history has it.
+    who rolls back when this says so, as the history has it. endings: of the runs that carried
+    decisions out, by the decision's id; a rollback that failed is decided again, under another id,
+    until it has been tried three times.
     """
     held = tenures(history)
     tenure = held[-1] if held else None
     version = tenure.version if tenure else None
     to = last_known_good(history)
+    since = tenure.since if tenure else None
+
+    def named(verdict: str, attempt: int = 0) -> str:
+        """The same id for the same verdict on the same tenure, until an attempt at it fails."""
+        content = msgspec.json.encode([verdict, version, since, to, attempt])
+        return f"{verdict}-{version or 'none'}-{hashlib.sha256(content).hexdigest()[:12]}"
+
+    failed = 0
+    while endings.get(named("rollback", failed)) == "failed":
+        failed += 1
 
     def made(
         verdict: Literal["rollback", "wait", "keep"],
@@ -99,10 +113,8 @@ def decide_rollback(
         *,
         alert: bool = False,
     ) -> RollbackDecision:
-        since = tenure.since if tenure else None
-        content = msgspec.json.encode([verdict, version, since, to])
         return RollbackDecision(
-            id=f"{verdict}-{version or 'none'}-{hashlib.sha256(content).hexdigest()[:12]}",
+            id=named(verdict, failed),
             verdict=verdict,
             version=version,
             to=to,
@@ -140,6 +152,9 @@ def decide_rollback(
     if policy.mode == "manual":
         against.append("rollback.mode is manual")
         return made("wait", against, "a person decides, with `churn rollback`", alert=True)
+    if failed >= _ATTEMPTS:
+        against.append(f"the rollback to version {to} failed {failed} times")
+        return made("wait", against, "a person decides, with `churn rollback`", alert=True)
     return made("rollback", against, f"version {to} comes back", alert=True)
 
 
@@ -164,6 +179,6 @@ def _worse(replay: Evidence | str | None, policy: WatchPolicy) -> list[str]:
     if least <= policy.margin:
         return []
     return [
-        f"its log loss is at least {least:+.4f} of version {replay.incumbent}'s on "
+        f"its log loss is at least {least:.4f} above that of version {replay.incumbent} on "
         f"{replay.rows:,} labelled customers, and {policy.margin:g} is allowed"
     ]

@@ -79,8 +79,6 @@ def test_everything_is_on() -> None:
         "trial_schedule",
         "decisions_schedule",
         "treatment_schedule",
-        "performance_schedule",
-        "serving_health_schedule",
         "clean_archive_schedule",
     }
     assert all(s.default_status is dg.DefaultScheduleStatus.RUNNING for s in SCHEDULES)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from churn_assets.data.windows import cutoff_of, label_window, partition_of_cutoff
 from churn_assets.errors import UserError
-from churn_assets.modeling.split import Split, rolling_origins, temporal_split
+from churn_assets.modeling.split import Split, recent_split, rolling_origins, temporal_split
 
 FIRST = date(2024, 1, 1)
 
@@ -105,6 +105,7 @@ def test_the_record_names_every_day() -> None:
         "calibration": "2024-01-31",
         "test": "2024-03-01",
         "horizon_days": 30,
+        "by_customers": False,
     }
     assert partition_of_cutoff(cutoff_of(split.test)) == split.test
 
@@ -150,3 +151,61 @@ def test_no_fold_looks_beyond_its_origin_or_at_the_test_cutoff(
         last = [fold.train[-1], *([fold.calibration] if fold.calibration else []), fold.judged]
         for day, following in pairwise(last):
             assert label_window(cutoff_of(day), horizon).end <= cutoff_of(following)
+
+
+CUSTOMERS = [f"c-{number}" for number in range(4000)]
+
+
+def test_a_recent_split_takes_the_newest_labels() -> None:
+    days = consecutive(100)
+    split = recent_split(days, 30)
+    assert (split.test, split.calibration) == (days[-1], days[-2])
+    assert split.train == tuple(days[-3 - 7 * place] for place in reversed(range(6)))
+    assert split.by_customers
+    assert split.to_dict()["by_customers"] is True
+    few = recent_split(days, 30, max_train_cutoffs=2, spacing_days=10)
+    assert few.train == (days[-13], days[-3])
+
+
+def test_a_recent_split_takes_what_there_is_around_a_gap() -> None:
+    days = [day for day in consecutive(60) if day not in consecutive(55)[45:]]
+    split = recent_split(days, 30, max_train_cutoffs=3)
+    assert split.train == tuple(FIRST + timedelta(days=number) for number in (37, 44, 57))
+    assert recent_split(days[:3], 30).days == tuple(days[:3])
+
+
+def test_a_recent_split_of_two_days_is_refused() -> None:
+    with pytest.raises(UserError, match=r"2 sound feature days .* takes 3 .* plan `history`"):
+        recent_split(consecutive(2), 30)
+
+
+def test_no_customer_of_a_recent_split_is_in_two_parts() -> None:
+    split = recent_split(consecutive(100), 30)
+    masks = {day: split.takes(day, CUSTOMERS) for day in split.days}
+    train, calibration, test = (masks[d] for d in (split.train[0], split.calibration, split.test))
+    assert (train.astype(int) + calibration + test == 1).all()
+    assert all((masks[day] == train).all() for day in split.train)
+    assert train.mean() == pytest.approx(0.5, abs=0.03)
+    assert calibration.mean() == pytest.approx(0.2, abs=0.03)
+    assert test.mean() == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_customer_stays_in_its_part() -> None:
+    """Whoever else is there, and from one training to the next."""
+    split, later = recent_split(consecutive(100), 30), recent_split(consecutive(130), 30)
+    assert (split.takes(split.test, CUSTOMERS) == later.takes(later.test, CUSTOMERS)).all()
+    alone = [bool(split.takes(split.test, [customer])[0]) for customer in CUSTOMERS[:50]]
+    assert alone == split.takes(split.test, CUSTOMERS)[:50].tolist()
+    assert split.takes(split.test, []).shape == (0,)
+
+
+def test_a_split_in_time_takes_everybody() -> None:
+    split = temporal_split(consecutive(100), 30)
+    assert all(split.takes(day, CUSTOMERS).all() for day in split.days)
+
+
+@pytest.mark.parametrize("count", [3, 20, 100])
+def test_candidates_for_recent_labels_are_compared_on_customers_of_their_own(count: int) -> None:
+    split = recent_split(consecutive(count), 30)
+    (fold,) = rolling_origins(split, 3)
+    assert (fold.train, fold.calibration, fold.judged) == (split.train, None, split.calibration)

@@ -7,9 +7,9 @@ Prometheus 3 refuses the page.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 from churn_assets.monitoring.exposition import CONTENT_TYPE
 
@@ -17,10 +17,9 @@ from churn_assets.monitoring.exposition import CONTENT_TYPE
 class Reports(SimpleHTTPRequestHandler):
     """Answers GET and HEAD for the files of a folder."""
 
-    extensions_map: ClassVar[dict[str, str]] = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".prom": CONTENT_TYPE,
-    }
+    def guess_type(self, path: str | os.PathLike[str]) -> str:
+        """The type of the file at `path`, by its name."""
+        return CONTENT_TYPE if str(path).endswith(".prom") else super().guess_type(path)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Answered requests are not told: a scrape every few seconds says nothing new."""

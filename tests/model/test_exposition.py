@@ -18,7 +18,7 @@ NOW = datetime(2026, 3, 2, 10, 12, tzinfo=UTC)
 
 
 def metric(name: str, value: float | None, **changes: Any) -> Metric:
-    given = {"verdict": "ok", "limit": 0.8, "reason": "so", "at": NOW, "until": NOW}
+    given: dict[str, Any] = {"verdict": "ok", "limit": 0.8, "reason": "so", "at": NOW, "until": NOW}
     return Metric(name=name, value=value, **(given | changes))
 
 

@@ -47,18 +47,20 @@ class Case:
 
 CASES = (
     Case("stable_year", "stable year", days=365, every=7),
-    Case("holiday_season", "holiday season", "holiday_season", days=75),
-    Case("price_rise", "price rise", "price_rise", days=75),
-    Case("ticket_storm", "ticket storm", "ticket_storm", days=60),
-    Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=70),
-    Case("new_market", "new market", "new_market", days=90),
-    Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120),
-    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=100),
-    Case("bad_model", "bad model forced into production", days=28, sabotage="backwards"),
-    Case("slow_release", "slow release", days=24, sabotage="slow", every=1),
-    Case("failing_release", "failing release", days=24, sabotage="failing", every=1),
-    Case("label_delay", "sudden shift, labels late", "label_delay", days=120, labels_late=35),
-    Case("flapping", "flapping", "flapping", days=90),
+    Case("holiday_season", "holiday season", "holiday_season", days=75, every=3),
+    Case("price_rise", "price rise", "price_rise", days=75, every=3),
+    Case("ticket_storm", "ticket storm", "ticket_storm", days=60, every=3),
+    Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=60),
+    Case("new_market", "new market", "new_market", days=90, every=3),
+    Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120, every=3),
+    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=90, every=3),
+    Case("bad_model", "bad model forced into production", days=24, sabotage="backwards"),
+    Case("slow_release", "slow release", days=20, sabotage="slow"),
+    Case("failing_release", "failing release", days=20, sabotage="failing"),
+    Case(
+        "label_delay", "sudden shift, labels late", "label_delay", days=110, every=3, labels_late=35
+    ),
+    Case("flapping", "flapping", "flapping", days=75, every=3),
 )
 SHORT = ("sudden_shift", "bad_model", "login_tracking_broken")
 """The worst: a world that changes, a model that never was any good, and data that lies."""
@@ -99,7 +101,11 @@ def configuration(case: Case, *, customers: int) -> dict[str, Any]:
         },
         "promotion": {"mode": "automatic", "min_rows": 300},
         # What the triggers do is drilled: a schedule would heal by luck.
-        "retraining": {"modes": {"scheduled": "off"}, "new_label_days": 60},
+        "retraining": {
+            "modes": {"scheduled": "off"},
+            "new_label_days": 60,
+            "persistence": 3 if case.every < 3 else 2,
+        },
         "serving_health": {"window_hours": min(24 * case.every, 168)},
         "performance": {"min_accuracy": 0.75},
         "drift": {"draw": "on_drift", "report_rows": 500},

@@ -94,6 +94,11 @@ class Home:
         return self.root / "records"
 
     @property
+    def proposals(self) -> Path:
+        """What persons made of the proposals of decisions."""
+        return self.root / "proposals"
+
+    @property
     def ledger(self) -> Path:
         """Every evaluation on a held-out window, a JSON line each; it is only ever appended to."""
         return self.root / "ledger" / "held_out.jsonl"

@@ -35,7 +35,6 @@ from churn_assets.data.lake import DAY
 from churn_assets.data.prediction_log import PREDICTION_LOG
 from churn_assets.data.sources import ShopSourceConfig
 from churn_assets.data.windows import label_partition, partition_of_cutoff
-from churn_assets.defs.healing import every_record
 from churn_assets.defs.launch import NO_CAPTURE, run_everything
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
@@ -45,6 +44,7 @@ from churn_assets.drill.outcome import OUTCOME, Event, Outcome, outcome, rolling
 from churn_assets.drill.sabotage import SABOTEUR, force_into_production
 from churn_assets.home import Home
 from churn_assets.lifecycle.history import Step
+from churn_assets.lifecycle.records import every_record
 from churn_assets.lifecycle.registry import NOT_PERSONS, read_registry
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.lifecycle.serving import HOST, ask, ask_health, free_port

@@ -16,7 +16,7 @@ from churn_assets.defs.weekly import REASON
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
-from churn_assets.lifecycle.records import TrainingSetRecord
+from churn_assets.lifecycle.records import TrainingSetRecord, every_record, records_by_run
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
 from churn_assets.monitoring.drift_watch import DriftRecord
 from churn_assets.monitoring.feeds import feed_metric, find_faults
@@ -202,23 +202,6 @@ def came_to_a_model(instance: DagsterInstance, records: Path, run_id: str) -> bo
         return True
     run = instance.get_run_by_id(run_id)
     return run is None or run.status not in _FAILED
-
-
-def every_record(records: Path, asset: str, kind: type[_Record]) -> list[_Record]:
-    """What each run of `asset` left, in no order. One of another format is left out."""
-    return list(records_by_run(records, asset, kind).values())
-
-
-def records_by_run(records: Path, asset: str, kind: type[_Record]) -> dict[str, _Record]:
-    """What each run of `asset` left, by the run's id. One of another format is left out."""
-    found = {}
-    for path in (records / asset).glob("*.json"):
-        if path.stem != "latest" and not path.name.startswith("."):
-            try:
-                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=kind)
-            except msgspec.ValidationError:
-                continue
-    return found
 
 
 def endings_of(instance: DagsterInstance) -> dict[str, Ending]:

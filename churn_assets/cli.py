@@ -172,7 +172,7 @@ def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[CASE]...")
-@click.option("--short", is_flag=True, help="Only the three worst.")
+@click.option("--short", is_flag=True, help="Only the three worst, shortened.")
 @click.option("--jobs", type=click.IntRange(1, 16), default=2, help="Cases at a time. Default: 2.")
 @click.option("--one", hidden=True, is_flag=True)
 def drill(names: tuple[str, ...], short: bool, jobs: int, one: bool) -> None:
@@ -187,12 +187,13 @@ def drill(names: tuple[str, ...], short: bool, jobs: int, one: bool) -> None:
         from churn_assets.defs.drill import run_and_write
 
         home.prepare()
-        run_and_write(case_named(names[0]), home)
+        run_and_write(case_named(names[0], short=short), home)
         return
     from churn_assets.drill.runner import run_cases
 
-    chosen = [case_named(name) for name in names or (SHORT if short else ())] or list(CASES)
-    sys.exit(0 if run_cases(chosen, home, jobs=jobs) else 1)
+    chosen = [case_named(name, short=short) for name in names]
+    chosen = chosen or list(SHORT if short else CASES)
+    sys.exit(0 if run_cases(chosen, home, jobs=jobs, short=short) else 1)
 
 
 @cli.group()

@@ -19,11 +19,10 @@ from churn_assets.drill.outcome import OUTCOME, Outcome
 from churn_assets.drill.report import goals, table, write_report
 from churn_assets.home import PROJECT_ROOT, Home
 
-CUSTOMERS = 2000
 _LAST_LINES = 25
 
 
-def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
+def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = False) -> bool:
     """Run `cases`, at most `jobs` at a time; print and write the report. Whether all goals are met.
 
     Each case's home is kept at `drill/<case>` until the next drill, for whoever wants to look.
@@ -34,7 +33,9 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
     ordered = sorted(cases, key=lambda case: case.days / case.every, reverse=True)
     with ThreadPoolExecutor(jobs) as pool:
         names = [case.name for case in ordered]
-        found = dict(zip(names, pool.map(lambda case: _run(case, folder), ordered), strict=True))
+        found = dict(
+            zip(names, pool.map(lambda case: _run(case, folder, short), ordered), strict=True)
+        )
     outcomes = [found[case.name] for case in cases]
     done = [one for one in outcomes if isinstance(one, Outcome)]
     write_report(folder, done)
@@ -49,13 +50,13 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
     return not missed and len(done) == len(cases)
 
 
-def _run(case: Case, folder: Path) -> Outcome | str:
+def _run(case: Case, folder: Path, short: bool) -> Outcome | str:
     """The outcome of a case, or how its process ended."""
     root = folder / case.name
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     config = root / "config.yaml"
-    config.write_text(yaml.safe_dump(configuration(case, customers=CUSTOMERS)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(configuration(case)), encoding="utf-8")
     ours = ("CHURN_", "DAGSTER_", "MLFLOW_", "BENTOML_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {
@@ -67,9 +68,10 @@ def _run(case: Case, folder: Path) -> Outcome | str:
     }
     print(f"  {case.name:24} begins ({case.days} days)", flush=True)
     log = root / "drill.log"
+    command = [sys.executable, "-m", "churn_assets", "drill", "--one"]
     with log.open("wb") as sink:
         done = subprocess.run(
-            [sys.executable, "-m", "churn_assets", "drill", "--one", case.name],
+            [*command, *(["--short"] if short else []), case.name],
             cwd=PROJECT_ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import pytest
 from onnx import load_model_from_string
 from sklearn.linear_model import LogisticRegression
 
-from churn_assets.drill.cases import CASES, Case, case_named, configuration
+from churn_assets.drill.cases import CASES, SHORT, Case, case_named, configuration
 from churn_assets.drill.outcome import (
     HARM,
     WINDOW_DAYS,
@@ -141,15 +141,15 @@ def test_goals_and_report(tmp_path: Path) -> None:
     assert "sudden concept shift" in table([bad])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *SHORT], ids=lambda case: f"{case.name}-{case.days}")
 def test_every_case_has_a_valid_configuration(case: Case, tmp_path: Path) -> None:
     import yaml
 
     path = tmp_path / "case.yaml"
-    path.write_text(yaml.safe_dump(configuration(case, customers=500)))
+    path.write_text(yaml.safe_dump(configuration(case)))
     settings = load_settings(path)
     assert settings.promotion.mode == "automatic"
-    assert case.days > (case.change - CASES[0].change).days + 5
+    assert case.days > case.change_after + 5
 
 
 def test_a_case_that_is_none_is_told() -> None:

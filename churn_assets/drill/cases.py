@@ -95,7 +95,7 @@ good, and data that lies."""
 
 
 def case_named(name: str, *, short: bool = False) -> Case:
-    """The case of that name, or its short form. Raises UserError listing them when there is none."""
+    """The case of that name, or its short form. Raises UserError when there is none."""
     cases = SHORT if short else CASES
     found = next((case for case in cases if case.name == name), None)
     if found is None:

@@ -46,7 +46,7 @@ def test_a_bad_model_is_taken_back(drilled: dict[str, dict[str, Any]]) -> None:
 def test_a_shift_is_learned(drilled: dict[str, dict[str, Any]]) -> None:
     case = drilled["sudden_shift"]
     assert any(w.startswith(("retrain:drift", "retrain:concept_drift")) for w in whats(case))
-    assert "version 2 Production" in whats(case)
+    assert len({w for w in whats(case) if w.endswith("Production")}) > 1
     assert case["rollbacks"] == 0
     assert case["auc_lost"] < case["auc_lost_doing_nothing"]
     last = case["days"][-1]

@@ -82,6 +82,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prediction_log: str = "7 * * * *"
     clean_archive: str = "0 5 * * *"
     decisions: str = "15 5 * * *"
+    health_page: str = "20 * * * *"
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:

@@ -311,6 +311,7 @@ def run_everything(home: Home) -> None:
         launcher.run("drift", "drift").require()
         _ingest_log(launcher)
         launcher.run("trial", "trial", ["trial_report"]).require()
+        launcher.run("health", "health").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

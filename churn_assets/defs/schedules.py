@@ -206,6 +206,13 @@ decisions_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+health_schedule = dg.ScheduleDefinition(
+    job=jobs.health,
+    cron_schedule=cron("health_page"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -221,5 +228,6 @@ SCHEDULES = [
     treatment_schedule,
     prediction_log_schedule,
     decisions_schedule,
+    health_schedule,
     clean_archive_schedule,
 ]

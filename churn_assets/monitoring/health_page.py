@@ -167,7 +167,8 @@ def _series(metrics: Iterable[Metric]) -> dict[str, list[Metric]]:
     def place(name: str) -> tuple[int, str]:
         if name in known:
             return known.index(name), name
-        return len(known) + (not name.startswith("ks/")) + (not name.startswith("feed/")), name
+        others = 0 if name.startswith("ks/") else 1 if name.startswith("feed/") else 2
+        return len(known) + others, name
 
     return {name: found[name] for name in sorted(found, key=place)}
 
@@ -230,7 +231,9 @@ def _alerts(open_alerts: Sequence[str]) -> str:
 
 def _newest(series: Mapping[str, Sequence[Metric]], now: datetime) -> str:
     """A card for each metric, what is wrong first."""
-    cards = [(name, found[-1].verdict, _card(found, now)) for name, found in series.items()]
+    cards: list[tuple[str, str, str]] = [
+        (name, found[-1].verdict, _card(found, now)) for name, found in series.items()
+    ]
     cards += [
         (name, "none", _card_of(name, "none", "-", "", "nobody has measured it yet"))
         for name in _missing(series)
@@ -249,7 +252,7 @@ def _card(found: Sequence[Metric], now: datetime) -> str:
     measured = f"measured {_ago(now - newest.at)}"
     if since != newest.at:
         measured += f"; {_WORDS[newest.verdict]} since {_moment(since)}"
-    reason = newest.reason if newest.verdict != "ok" else ""
+    reason = newest.reason if newest.verdict != "ok" or newest.value is None else ""
     return _card_of(
         newest.name,
         newest.verdict,
@@ -289,8 +292,8 @@ def _switch(spans: Sequence[_Span]) -> str:
     return (
         f'<h2>Over time</h2>{switch}<p class="legend">{kinds}{strip}'
         '<span><i class="dashes"></i> limit</span></p>'
-        '<p class="quiet">By when it was measured, UTC. The strip under a chart is the verdict; the '
-        "line has a gap where there was too little to measure.</p>"
+        '<p class="quiet">By when it was measured, UTC. The strip under a chart is the verdict; '
+        "the line has a gap where there was too little to measure.</p>"
     )
 
 
@@ -468,8 +471,9 @@ def _value(metric: Metric) -> float:
 
 def _longest_step(found: Sequence[Metric]) -> timedelta:
     """The longest time between two measurements that is no gap."""
-    steps = [after.at - before.at for before, after in pairwise(found) if after.at > before.at]
-    return _STEPS_TO_GAP * median(steps) if len(steps) > 1 else _YEAR
+    steps = [(after.at - before.at).total_seconds() for before, after in pairwise(found)]
+    steps = [step for step in steps if step > 0]
+    return timedelta(seconds=_STEPS_TO_GAP * median(steps)) if len(steps) > 1 else _YEAR
 
 
 def _range(name: str, values: Sequence[float]) -> tuple[float, float]:

@@ -76,6 +76,7 @@ def test_everything_is_on() -> None:
         "prediction_log_schedule",
         "trial_schedule",
         "decisions_schedule",
+        "health_schedule",
         "treatment_schedule",
         "clean_archive_schedule",
     }

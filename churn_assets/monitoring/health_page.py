@@ -384,13 +384,15 @@ def _chart(
     points, second = _downsample(found, span), _downsample(beside, span)
     values = [p.value for p in (*points, *second) if p.value is not None]
     limits = [p.limit for p in points if p.limit is not None]
+    newest = found[-1].limit if math.isfinite(found[-1].limit) else None
+    limits += [newest] if newest is not None and not limits else []
     low, high = _range(name, [*values, *limits])
 
     def y(value: float) -> float:
         return _HEIGHT * (1 - (value - low) / (high - low))
 
     drawn = _strip(found, span)
-    drawn += _path(_limit_line(points, y), "limit")
+    drawn += _path(_limit_line(points, y, newest), "limit")
     drawn += _path(_line(second, y), "beside")
     drawn += _path(_line(points, y), "line")
     drawn += _path(_dots((p for p in points if p.alert), y), "dots")
@@ -499,8 +501,11 @@ def _line(points: Sequence[_Point], y: Callable[[float], float]) -> str:
     return "".join([*drawn, "h.1" if alone else ""])
 
 
-def _limit_line(points: Sequence[_Point], y: Callable[[float], float]) -> str:
-    """A line over the whole width, with a step wherever the limit was changed."""
+def _limit_line(points: Sequence[_Point], y: Callable[[float], float], newest: float | None) -> str:
+    """A line over the whole width, with a step wherever the limit was changed.
+
+    newest: the limit where no point has a value.
+    """
     drawn, last = "", None
     for point in points:
         if point.limit is None or point.limit == last:
@@ -508,6 +513,8 @@ def _limit_line(points: Sequence[_Point], y: Callable[[float], float]) -> str:
         at = f"H{_WIDTH * point.x:.0f}V{y(point.limit):.1f}"
         drawn += at if drawn else f"M0 {y(point.limit):.1f}"
         last = point.limit
+    if not drawn and newest is not None:
+        drawn = f"M0 {y(newest):.1f}"
     return f"{drawn}H{_WIDTH}" if drawn else ""
 
 

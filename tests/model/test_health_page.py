@@ -101,6 +101,13 @@ def test_the_limit_is_drawn_with_a_step_where_it_was_changed() -> None:
     assert line.endswith("H1000")
 
 
+def test_a_feed_that_is_sound_has_a_verdict_and_a_limit_without_a_value() -> None:
+    html = page([metric("feed/orders", n, None) for n in range(3)])
+    assert paths(html, "limit")
+    assert not paths(html, "line")
+    assert '<rect class="ok"' in html
+
+
 def test_accuracy_has_what_was_expected_beside_it() -> None:
     html = page([metric("accuracy", 1), metric("expected_accuracy", 1, 0.6, "alert")])
     assert len(paths(html, "beside")) == html.count("<figure>") == 1

@@ -86,6 +86,7 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     performance_report: str = "45 4 * * *"
     clean_archive: str = "0 5 * * *"
     decisions: str = "15 5 * * *"
+    health_page: str = "20 * * * *"
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:

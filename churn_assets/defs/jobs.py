@@ -135,6 +135,12 @@ decisions = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
 )
+health = dg.define_asset_job(
+    "health",
+    selection=dg.AssetSelection.assets("health_page"),
+    tags={"churn/exclusive": "health"},
+    description="Draw the page with every metric over time, what was decided, and what is open.",
+)
 
 
 class Clean(dg.Config):
@@ -190,5 +196,6 @@ JOBS = [
     treatment,
     performance,
     watch_service,
+    health,
     clean_archive,
 ]

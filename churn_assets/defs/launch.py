@@ -313,6 +313,7 @@ def run_everything(home: Home) -> None:
         launcher.run("trial", "trial", ["trial_report"]).require()
         launcher.run("performance", "performance").require()
         launcher.run("service", "watch_service").require()
+        launcher.run("health", "health").require()
         summary = collect(project, instance, trained.run_id, trained.refused_by, launcher.seconds)
     written = home.summary.with_suffix(".tmp")
     written.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

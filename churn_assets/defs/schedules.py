@@ -224,6 +224,13 @@ serving_health_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+health_schedule = dg.ScheduleDefinition(
+    job=jobs.health,
+    cron_schedule=cron("health_page"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -241,5 +248,6 @@ SCHEDULES = [
     decisions_schedule,
     performance_schedule,
     serving_health_schedule,
+    health_schedule,
     clean_archive_schedule,
 ]

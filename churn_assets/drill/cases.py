@@ -145,6 +145,7 @@ def configuration(case: Case) -> dict[str, Any]:
             "performance_report": f"30 3 {tick}",
             "serving_health": f"45 3 {tick}",
             "treatment_report": "0 4 1 1 *",
+            "health_page": "30 5 1 * *",
             "decisions": f"0 5 {tick}",
             "trial_report": "0 4 1 1 *",
             "clean_archive": "30 5 1 1 *",

@@ -78,6 +78,7 @@ def test_everything_is_on() -> None:
         "serving_health_schedule",
         "trial_schedule",
         "decisions_schedule",
+        "health_schedule",
         "treatment_schedule",
         "clean_archive_schedule",
     }

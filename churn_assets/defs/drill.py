@@ -98,6 +98,7 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
             state_path=home.root / "drill" / "daemon.json",
             began=began,
             alter=_late_labels(case),
+            after_run=_end_mlflow_run,
         )
         for day in (first + number * _DAY for number in range(case.days)):
             daemon.run_until(_at(day, 5, 30))
@@ -171,6 +172,13 @@ def _served(home: Home) -> Generator[str]:
         process.terminate()
         process.wait()
         log.close()
+
+
+def _end_mlflow_run() -> None:
+    """The next training would go on in the MLflow run of the last one."""
+    import mlflow
+
+    mlflow.end_run()
 
 
 def _late_labels(case: Case) -> Any:

@@ -220,7 +220,7 @@ def test_the_newest_run_of_a_decision_says_how_it_ended(instance: dg.DagsterInst
     for run_id, decision, ended in [
         ("1", "a", status.FAILURE),
         ("2", "a", status.SUCCESS),
-        ("3", "b", status.QUEUED),
+        ("3", "b", status.STARTED),
         ("4", "c", status.CANCELED),
     ]:
         tags = {DECISION: decision, **BY_DECISION}

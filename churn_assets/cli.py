@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -18,6 +18,8 @@ from churn_assets.home import Home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from churn_assets.lifecycle.proposals import Proposal
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -170,7 +172,7 @@ def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[CASE]...")
-@click.option("--short", is_flag=True, help="Only the three worst.")
+@click.option("--short", is_flag=True, help="Only the three worst, shortened.")
 @click.option("--jobs", type=click.IntRange(1, 16), default=2, help="Cases at a time. Default: 2.")
 @click.option("--one", hidden=True, is_flag=True)
 def drill(names: tuple[str, ...], short: bool, jobs: int, one: bool) -> None:
@@ -185,12 +187,13 @@ def drill(names: tuple[str, ...], short: bool, jobs: int, one: bool) -> None:
         from churn_assets.defs.drill import run_and_write
 
         home.prepare()
-        run_and_write(case_named(names[0]), home)
+        run_and_write(case_named(names[0], short=short), home)
         return
     from churn_assets.drill.runner import run_cases
 
-    chosen = [case_named(name) for name in names or (SHORT if short else ())] or list(CASES)
-    sys.exit(0 if run_cases(chosen, home, jobs=jobs) else 1)
+    chosen = [case_named(name, short=short) for name in names]
+    chosen = chosen or list(SHORT if short else CASES)
+    sys.exit(0 if run_cases(chosen, home, jobs=jobs, short=short) else 1)
 
 
 @cli.group()
@@ -555,6 +558,70 @@ def history(day: str | None, as_json: bool) -> None:
             click.echo("\n".join(tenure.lines()))
         if not there:
             click.echo(f"nothing was in Production on {day}")
+
+
+@cli.command()
+@click.option("--all", "every", is_flag=True, help="Also those that asked for nothing.")
+@click.option("--days", type=click.IntRange(1), default=30, help="Of the last so many days.")
+def decisions(every: bool, days: int) -> None:
+    """What was decided on retraining and rollback, the newest last, and why."""
+    from datetime import timedelta
+
+    from churn_assets.lifecycle.records import every_record
+    from churn_assets.monitoring.retraining import RetrainingDecision
+    from churn_assets.monitoring.rollback import RollbackDecision
+
+    records, since = Home.from_environment().records, _now() - timedelta(days=days)
+    made = [
+        *every_record(records, "retraining_decision", RetrainingDecision),
+        *every_record(records, "rollback_decision", RollbackDecision),
+    ]
+    shown = [d for d in made if d.at >= since and (every or d.action != "nothing")]
+    for one in sorted(shown, key=lambda decision: decision.at):
+        click.echo(f"{one.at:%Y-%m-%d %H:%M}  {one.verdict}: {one.action}  [{one.id}]")
+        for reason in one.reasons:
+            click.echo(f"  {reason}")
+    if not shown:
+        click.echo(f"nothing was asked for in the last {days} days; --all shows every decision")
+
+
+def _proposals(home: Home) -> list[Proposal]:
+    from churn_assets.lifecycle.proposals import Proposal, open_proposals
+    from churn_assets.lifecycle.records import every_record
+    from churn_assets.monitoring.retraining import RetrainingDecision
+
+    made = every_record(home.records, "retraining_decision", RetrainingDecision)
+    proposed = [Proposal(d.id, d.proposal, d.at) for d in made if d.proposal]
+    return open_proposals(home.proposals, proposed)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def proposals(context: click.Context) -> None:
+    """What decisions propose to persons, such as wider features, and what became of it."""
+    if context.invoked_subcommand is not None:
+        return
+    found = _proposals(Home.from_environment())
+    for one in found:
+        click.echo(one.line())
+    if not found:
+        click.echo("nothing has been proposed")
+
+
+@proposals.command("answer")
+@click.argument("identity", metavar="ID")
+@click.argument("verdict", type=click.Choice(["accepted", "declined"]))
+@click.option("--who", default=_account, help="Who decides. Default: your account.")
+@click.option("--why", required=True, help="The reason.")
+def answer_proposal(
+    identity: str, verdict: Literal["accepted", "declined"], who: str, why: str
+) -> None:
+    """Say what becomes of a proposal; it is kept with your name."""
+    from churn_assets.lifecycle.proposals import answer
+
+    home = Home.from_environment()
+    done = answer(home.proposals, _proposals(home), identity, verdict, who=who, why=why, now=_now())
+    click.echo(done.line())
 
 
 def _home_with_data() -> Home:

@@ -94,6 +94,11 @@ class Home:
         return self.root / "records"
 
     @property
+    def proposals(self) -> Path:
+        """What persons made of the proposals of decisions."""
+        return self.root / "proposals"
+
+    @property
     def ledger(self) -> Path:
         """Every evaluation on a held-out window, a JSON line each; it is only ever appended to."""
         return self.root / "ledger" / "held_out.jsonl"
@@ -107,6 +112,16 @@ class Home:
     def alerts(self) -> Path:
         """The outbox: which alerts are open, and which messages wait to be sent."""
         return self.root / "alerts" / "outbox.db"
+
+    @property
+    def service_samples(self) -> Path:
+        """What the service counted, each time it was asked, a JSON line each."""
+        return self.root / "monitoring" / "service_samples.jsonl"
+
+    @property
+    def metrics_page(self) -> Path:
+        """The newest value of every metric, for Prometheus, among what `make up` serves."""
+        return self.reports / "metrics.prom"
 
     @property
     def reports(self) -> Path:

@@ -46,8 +46,10 @@ from churn_assets.modeling.training import TrainingPolicy
 from churn_assets.monitoring.alerts import AlertPolicy
 from churn_assets.monitoring.drift import DriftPolicy
 from churn_assets.monitoring.feeds import FeedPolicy
+from churn_assets.monitoring.performance import PerformancePolicy
 from churn_assets.monitoring.retraining import RetrainingPolicy
 from churn_assets.monitoring.rollback import WatchPolicy
+from churn_assets.monitoring.serving_health import ServingHealthPolicy
 from churn_assets.monitoring.treatment import TreatmentPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
@@ -80,8 +82,11 @@ class Schedules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trial_report: str = "30 4 * * *"
     treatment_report: str = "45 4 * * 1"
     prediction_log: str = "7 * * * *"
+    serving_health: str = "12 * * * *"
+    performance_report: str = "45 4 * * *"
     clean_archive: str = "0 5 * * *"
     decisions: str = "15 5 * * *"
+    health_page: str = "20 * * * *"
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
@@ -191,6 +196,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retraining: RetrainingPolicy = RetrainingPolicy()
     rollback: WatchPolicy = WatchPolicy()
     alerts: AlertPolicy = AlertPolicy()
+    performance: PerformancePolicy = PerformancePolicy()
+    serving_health: ServingHealthPolicy = ServingHealthPolicy()
     schedules: Schedules = Schedules()
 
     @property

@@ -121,8 +121,8 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
         ],
         "service": [sys.executable, "-m", "churn_assets", "serve", "--port", str(SERVICE.port)],
         "reports": [
-            *(sys.executable, "-m", "http.server", str(REPORTS.port)),
-            *("--bind", HOST, "--directory", str(home.reports)),
+            *(sys.executable, "-m", "churn_assets.reports"),
+            *(HOST, str(REPORTS.port), str(home.reports)),
         ],
     }
 

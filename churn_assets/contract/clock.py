@@ -28,6 +28,11 @@ def clock(environ: Mapping[str, str]) -> Callable[[], int]:
     return lambda: _read(path)
 
 
+def is_turned(environ: Mapping[str, str]) -> bool:
+    """Whether the clock is one that somebody turns."""
+    return bool(environ.get(CLOCK_VARIABLE))
+
+
 def now(environ: Mapping[str, str]) -> datetime:
     """The moment it is, UTC. Raises ValueError as `clock` says."""
     return datetime.fromtimestamp(clock(environ)() / 1e6, UTC)

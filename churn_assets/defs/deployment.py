@@ -6,6 +6,7 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.lifecycle.deployment import deploy
 from churn_assets.lifecycle.records import BentoRecord
+from churn_assets.monitoring.service_samples import take_sample
 
 TARGET = SETTINGS.deployment.target
 
@@ -24,6 +25,8 @@ def deployment(project: dg.ResourceParam[Project], churn_bento: BentoRecord):
     settings = project.settings
     held_out = settings.holdout.environment()
     record = deploy(churn_bento, project.home, settings.deployment, environment=held_out)
+    # What this release answers is told apart from what was answered before it.
+    take_sample(project.home, project.now(), settings.serving_health.url)
     metadata = {
         "target": record.target,
         "release": record.release_id,

@@ -29,12 +29,12 @@ from dagster._core.instance.ref import InstanceRef
 from numpy.typing import NDArray
 
 from churn_assets.contract.clock import CLOCK_VARIABLE, set_clock
+from churn_assets.contract.request import ROWS
 from churn_assets.data.features import customer_features, look_back_days
 from churn_assets.data.lake import DAY
 from churn_assets.data.prediction_log import PREDICTION_LOG
 from churn_assets.data.sources import ShopSourceConfig
 from churn_assets.data.windows import label_partition, partition_of_cutoff
-from churn_assets.defs.healing import every_record
 from churn_assets.defs.launch import NO_CAPTURE, run_everything
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
@@ -44,6 +44,7 @@ from churn_assets.drill.outcome import OUTCOME, Event, Outcome, outcome, rolling
 from churn_assets.drill.sabotage import SABOTEUR, force_into_production
 from churn_assets.home import Home
 from churn_assets.lifecycle.history import Step
+from churn_assets.lifecycle.records import every_record
 from churn_assets.lifecycle.registry import NOT_PERSONS, read_registry
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.lifecycle.serving import HOST, ask, ask_health, free_port
@@ -62,10 +63,9 @@ _DAY = timedelta(days=1)
 _HOURS = (9, 12, 16, 20)
 _START_TIMEOUT_S = 60
 _ORACLE_CUTOFFS, _ORACLE_SPACING = 6, 7
-# One database for all runs: that of each run costs a third of a second.
-_ONE_EVENT_LOG = {
-    "module": "dagster._core.storage.event_log",
-    "class": "ConsolidatedSqliteEventLogStorage",
+_STORAGES = {
+    "event_log_storage": "OneEngineEventLogStorage",
+    "run_storage": "OneEngineRunStorage",
 }
 
 
@@ -97,6 +97,7 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
             state_path=home.root / "drill" / "daemon.json",
             began=began,
             alter=_late_labels(case),
+            after_run=_end_mlflow_run,
         )
         for day in (first + number * _DAY for number in range(case.days)):
             daemon.run_until(_at(day, 5, 30))
@@ -139,8 +140,15 @@ def _definitions() -> dg.Definitions:
 def _instance(home: Home) -> Generator[DagsterInstance]:
     folder = home.dagster / "events"
     folder.mkdir(exist_ok=True)
-    storage = {**_ONE_EVENT_LOG, "config": {"base_dir": str(folder)}}
-    overrides = {**NO_CAPTURE, "event_log_storage": storage}
+    storages = {
+        name: {
+            "module": "churn_assets.defs.event_log",
+            "class": kind,
+            "config": {"base_dir": str(folder)},
+        }
+        for name, kind in _STORAGES.items()
+    }
+    overrides = {**NO_CAPTURE, **storages}
     reference = InstanceRef.from_dir(str(home.dagster), overrides=overrides)
     with DagsterInstance.from_ref(reference) as instance:
         yield instance
@@ -170,6 +178,13 @@ def _served(home: Home) -> Generator[str]:
         process.terminate()
         process.wait()
         log.close()
+
+
+def _end_mlflow_run() -> None:
+    """The next training would go on in the MLflow run of the last one."""
+    import mlflow
+
+    mlflow.end_run()
 
 
 def _late_labels(case: Case) -> Any:
@@ -227,13 +242,14 @@ def _ask_all_day(
         alone = part[: ONE_BY_ONE // len(_HOURS)]
         for customer in alone:
             _count(counts, 1, after, ask(url, {"customer_id": customer}))
-        body = [{"customer_id": customer} for customer in part[len(alone) :]]
-        encoded = msgspec.json.encode(body)
-        answer = ask(url, encoded, path="/predict_batch")
-        _count(counts, len(body), after, answer)
+        rows = [{"customer_id": customer} for customer in part[len(alone) :]]
+        answer = ask(url, {ROWS: rows}, path="/predict_batch")
+        _count(counts, len(rows), after, answer)
 
 
 def _count(counts: Counts, rows: int, after: bool, answer: Any) -> None:
+    if answer.status not in (200, 500):
+        raise RuntimeError(f"a request of the drill was answered with {answer.content!r}")
     counts.sent += rows
     if after:
         counts.after += rows

@@ -1,7 +1,7 @@
 """Healing: whether to retrain and whether to roll back, each a stored decision."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,12 +13,14 @@ from churn_assets.defs.metadata import faults_table, metrics_table, triggers_tab
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.defs.weekly import REASON
+from churn_assets.errors import UserError
 from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
-from churn_assets.lifecycle.records import TrainingSetRecord
+from churn_assets.lifecycle.records import TrainingSetRecord, every_record, records_by_run
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
+from churn_assets.monitoring.drift_watch import DriftRecord
 from churn_assets.monitoring.feeds import feed_metric, find_faults
-from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
+from churn_assets.monitoring.metric import Metric, read_metrics
 from churn_assets.monitoring.retraining import (
     Ending,
     RetrainingDecision,
@@ -33,6 +35,7 @@ OWNERS = [f"team:{SETTINGS.team}"]
 DECISION = "churn/decision"
 BY_DECISION = {"churn/by": "decision"}
 
+_FRESH = timedelta(days=3)
 _FAILED = {DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
 _Record = TypeVar("_Record")
 
@@ -59,7 +62,7 @@ def feed_health(context: dg.AssetExecutionContext, project: dg.ResourceParam[Pro
         feed_metric(table, counts[table], faults, day, policy, now=now)
         for table, faults in found.items()
     ]
-    append_metrics(project.home.metrics, metrics)
+    project.add_metrics(metrics)
     broken = [fault for faults in found.values() for fault in faults if fault.open]
     return dg.MaterializeResult(
         metadata={
@@ -172,7 +175,19 @@ def retraining_evidence(
         without=registry.version(production).without if production else (),
         earlier=earlier_decisions(records),
         endings=endings_of(instance),
+        spoiled=spoiled_features(records, project.now()),
     )
+
+
+def spoiled_features(records: Path, now: datetime) -> dict[str, str]:
+    """The features that the newest drift report finds constant or gone, while it is news."""
+    try:
+        found = msgspec.json.decode(read_record(records, "drift_report"), type=DriftRecord)
+    except (UserError, msgspec.ValidationError):
+        return {}
+    if now - found.at > _FRESH:
+        return {}
+    return {f.feature: f.reason for f in found.features if f.finding is not None}
 
 
 def earlier_decisions(records: Path) -> list[RetrainingDecision]:
@@ -187,23 +202,6 @@ def came_to_a_model(instance: DagsterInstance, records: Path, run_id: str) -> bo
         return True
     run = instance.get_run_by_id(run_id)
     return run is None or run.status not in _FAILED
-
-
-def every_record(records: Path, asset: str, kind: type[_Record]) -> list[_Record]:
-    """What each run of `asset` left, in no order. One of another format is left out."""
-    return list(records_by_run(records, asset, kind).values())
-
-
-def records_by_run(records: Path, asset: str, kind: type[_Record]) -> dict[str, _Record]:
-    """What each run of `asset` left, by the run's id. One of another format is left out."""
-    found = {}
-    for path in (records / asset).glob("*.json"):
-        if path.stem != "latest" and not path.name.startswith("."):
-            try:
-                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=kind)
-            except msgspec.ValidationError:
-                continue
-    return found
 
 
 def endings_of(instance: DagsterInstance) -> dict[str, Ending]:

@@ -107,6 +107,18 @@ treatment = dg.define_asset_job(
     tags={"churn/exclusive": "monitoring"},
     description="Compare the customers nobody treats with the others.",
 )
+performance = dg.define_asset_job(
+    "performance",
+    selection=dg.AssetSelection.assets("performance_report"),
+    tags={"churn/exclusive": "monitoring"},
+    description="Hold the version in Production against what has become known of its predictions.",
+)
+watch_service = dg.define_asset_job(
+    "watch_service",
+    selection=dg.AssetSelection.assets("serving_health"),
+    tags={"churn/exclusive": "serving_health"},
+    description="Look at the latency, the errors and the volume of the service.",
+)
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 # A job may not be called like an asset: a code server would refuse both.
 ingest_predictions = dg.define_asset_job(
@@ -122,6 +134,12 @@ decisions = dg.define_asset_job(
     selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
     tags={"churn/exclusive": "monitoring"},
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
+)
+health = dg.define_asset_job(
+    "health",
+    selection=dg.AssetSelection.assets("health_page"),
+    tags={"churn/exclusive": "health"},
+    description="Draw the page with every metric over time, what was decided, and what is open.",
 )
 
 
@@ -176,5 +194,8 @@ JOBS = [
     trial,
     decisions,
     treatment,
+    performance,
+    watch_service,
+    health,
     clean_archive,
 ]

@@ -25,6 +25,7 @@ from churn_assets.modeling.training import TrainedModel
 from churn_assets.monitoring.drift import DriftReport
 from churn_assets.monitoring.feeds import Fault
 from churn_assets.monitoring.metric import Metric
+from churn_assets.monitoring.performance import FIGURES, ReleaseLine
 from churn_assets.monitoring.retraining import Trigger
 from churn_assets.monitoring.treatment import TreatmentReport
 from churn_assets.monitoring.trial import Guard, Look
@@ -444,6 +445,36 @@ def model_scores_table(scores: Mapping[str, Mapping[str, float]]) -> dg.TableMet
         [
             {"group": group} | {name: figures.get(name) for name in names}
             for group, figures in scores.items()
+        ]
+    )
+
+
+def metric_check(name: str, metric: Metric) -> dg.AssetCheckResult:
+    """A check that passes only where its metric is ok: too little to measure does not."""
+    figures = {"verdict": metric.verdict, "limit": metric.limit, "rows": metric.rows}
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=metric.verdict == "ok",
+        severity=dg.AssetCheckSeverity.WARN,
+        description=metric.reason,
+        metadata=figures | ({} if metric.value is None else {"value": metric.value}),
+    )
+
+
+def released_table(lines: Sequence[ReleaseLine]) -> dg.TableMetadataValue:
+    """What each release answered, on the outcomes there are."""
+    return figures_table(
+        [
+            {
+                "release": line.release_id,
+                "outcomes": line.outcomes,
+                "waiting": line.waiting,
+                **{
+                    name: interval_text(line.figures[name]) if line.figures else None
+                    for name in FIGURES
+                },
+            }
+            for line in lines
         ]
     )
 

@@ -1,5 +1,7 @@
 """Monitoring: are the requests of the last week like the rows the model was trained on?"""
 
+from pathlib import Path
+
 import dagster as dg
 import msgspec
 
@@ -8,7 +10,6 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.monitoring.drift_watch import DriftRecord, watch
 from churn_assets.monitoring.evidently_report import Shelf, evidently_report
-from churn_assets.monitoring.metric import append_metrics
 from churn_assets.monitoring.reference import production_reference
 
 
@@ -48,17 +49,19 @@ def drift_report(project: dg.ResourceParam[Project]):
         project.mlflow_client(), SETTINGS.model_name, project.lake, home.releases
     )
     watched = watch(project.lake, reference, SETTINGS.drift, now)
-    path = home.reports / "drift" / f"{watched.record.last}.html"
-    evidently_report(
-        watched.report,
-        watched.reference,
-        watched.current,
-        path,
-        seed=SETTINGS.seed,
-        shelf=Shelf(home.evidently, now),
-    )
-    record = msgspec.structs.replace(watched.record, page=str(path))
-    append_metrics(home.metrics, record.metrics())
+    record = watched.record
+    if SETTINGS.drift.draw == "always" or record.verdict == "drift":
+        path = home.reports / "drift" / f"{record.last}.html"
+        evidently_report(
+            watched.report,
+            watched.reference,
+            watched.current,
+            path,
+            seed=SETTINGS.seed,
+            shelf=Shelf(home.evidently, now),
+        )
+        record = msgspec.structs.replace(record, page=str(path))
+    project.add_metrics(record.metrics())
     return dg.MaterializeResult(
         value=record,
         metadata={
@@ -70,7 +73,7 @@ def drift_report(project: dg.ResourceParam[Project]):
             "features": drift_table(watched.report),
             "prediction_shift": record.prediction.reason,
             "reference_drift": record.reference_reason,
-            "evidently": dg.MetadataValue.url(project.report_url(path)),
+            **_page(project, record),
             "reference_rows": len(watched.reference),
             "current_rows": record.rows,
             "customers": record.customers,
@@ -85,6 +88,12 @@ def drift_report(project: dg.ResourceParam[Project]):
             ),
         ],
     )
+
+
+def _page(project: Project, record: DriftRecord) -> dict[str, dg.MetadataValue]:
+    if not record.page:
+        return {}
+    return {"evidently": dg.MetadataValue.url(project.report_url(Path(record.page)))}
 
 
 def _check(name: str, passed: bool, reason: str, record: DriftRecord) -> dg.AssetCheckResult:

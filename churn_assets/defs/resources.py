@@ -24,12 +24,20 @@ from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.log_sources import LogSource, open_log_source
 from churn_assets.data.sources import ShopSourceConfig, Source, open_source
-from churn_assets.data.windows import labelled_partition, partition_of_cutoff
+from churn_assets.data.windows import (
+    cutoff_of,
+    labelled_partition,
+    midnight,
+    partition_of,
+    partition_of_cutoff,
+)
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
 from churn_assets.lifecycle.model_card import About
+from churn_assets.monitoring.exposition import write_exposition
 from churn_assets.monitoring.feeds import Fault, contaminated, find_faults
+from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
 from churn_assets.settings import Settings
 from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
@@ -135,6 +143,20 @@ class Project:
                 raise UserError(f"there is no partition of {table} yet; materialize the raw assets")
             newest.append(days[-1])
         return min(newest)
+
+    def behind(self) -> timedelta:
+        """By how much data time is behind the clock, in whole days, as of now.
+
+        Nothing for a live source; the days of another are not those of the clock.
+        """
+        if self.settings.is_live:
+            return timedelta()
+        return midnight(partition_of(self.now())) - cutoff_of(self.data_time())
+
+    def add_metrics(self, metrics: Sequence[Metric]) -> None:
+        """Append to the series of this home, and write it anew for Prometheus."""
+        append_metrics(self.home.metrics, metrics)
+        write_exposition(read_metrics(self.home.metrics), self.home.metrics_page)
 
     def labelled_days(self) -> list[date]:
         """The feature days whose labels have matured, oldest first."""

@@ -1,10 +1,12 @@
-"""The schedules: the daily refresh, Monday's training, drift, the hourly prediction log."""
+"""The schedules: the daily refresh, Monday's training, the daily and hourly looks at all of it."""
 
+import os
 from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 from dagster._utils.schedules import is_valid_cron_schedule
 
+from churn_assets.contract.clock import is_turned
 from churn_assets.data.late import Plan, plan_refresh
 from churn_assets.defs import jobs
 from churn_assets.defs.partitions import SETTINGS, range_tags
@@ -41,7 +43,7 @@ def days_to_refresh(
     """The first and last day a refresh has to bring in, or None when nothing is missing.
 
     A live source catches up to the last day that is complete at `now`. The built-in shop lives in
-    the past, and each tick produces its next day.
+    the past, and each tick produces its next day, unless the clock is turned for it.
     """
     complete = now.astimezone(UTC).date() - timedelta(days=1)
     last = min(complete, end) if end else complete
@@ -116,7 +118,7 @@ def daily_refresh_schedule(
         newest,
         context.scheduled_execution_time,
         project.settings.calendar.end,
-        one_at_a_time=project.settings.is_shop,
+        one_at_a_time=project.settings.is_shop and not is_turned(os.environ),
     )
     if days is None and not late:
         return dg.SkipReason(f"every day up to {newest} is there and no later one is complete")
@@ -206,6 +208,29 @@ decisions_schedule = dg.ScheduleDefinition(
     default_status=ON,
 )
 
+performance_schedule = dg.ScheduleDefinition(
+    name="performance_schedule",
+    job=jobs.performance,
+    cron_schedule=cron("performance_report"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
+serving_health_schedule = dg.ScheduleDefinition(
+    name="serving_health_schedule",
+    job=jobs.watch_service,
+    cron_schedule=cron("serving_health"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
+health_schedule = dg.ScheduleDefinition(
+    job=jobs.health,
+    cron_schedule=cron("health_page"),
+    execution_timezone=ZONE,
+    default_status=ON,
+)
+
 clean_archive_schedule = dg.ScheduleDefinition(
     job=jobs.clean_archive,
     cron_schedule=cron("clean_archive"),
@@ -221,5 +246,8 @@ SCHEDULES = [
     treatment_schedule,
     prediction_log_schedule,
     decisions_schedule,
+    performance_schedule,
+    serving_health_schedule,
+    health_schedule,
     clean_archive_schedule,
 ]

@@ -57,6 +57,7 @@ class SimulatedDaemon:
 
     state_path: where it keeps what it must not forget; a daemon made anew goes on from there.
     alter: what becomes of a request for a run of a job at a moment, before it is executed.
+    after_run: what the end of a process of its own would bring about after each run.
     """
 
     definitions: dg.Definitions
@@ -66,6 +67,7 @@ class SimulatedDaemon:
     state_path: Path
     began: datetime
     alter: Callable[[str, dg.RunRequest, datetime], dg.RunRequest] = _as_it_is
+    after_run: Callable[[], None] = lambda: None
     runs: list[SimulatedRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -182,6 +184,7 @@ class SimulatedDaemon:
             asset_selection=list(request.asset_selection) if request.asset_selection else None,
             raise_on_error=False,
         )
+        self.after_run()
         run = self.instance.get_run_by_id(result.run_id)
         done = run is not None and run.status is DagsterRunStatus.SUCCESS
         tags = dict(run.tags) if run else {}

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from churn_assets.data.quarantine import read_quarantine
 from churn_assets.data.refresh import count_reasons
+from churn_assets.defs.health import page_of
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.home import Home
 from churn_assets.lifecycle.promotion import PromotionDecision
@@ -93,6 +94,7 @@ def collect(
             "statistics": drift.statistics,
             "page": drift.page,
         },
+        "health": {"page": str(page_of(project.home))},
         "seconds": dict(seconds),
     }
     if record.passed:
@@ -187,6 +189,7 @@ def lines(summary: Mapping[str, Any], home: Home) -> list[str]:
     shown += [
         f"  drift       {drift['verdict']}: {drift['reason']}",
         f"              {drift['page']}",
+        f"  health      {summary['health']['page']}",
         f"  took        {total:.0f} s ({parts})",
         "",
         f"  `make up` shows all of it: Dagster {DAGSTER.url}, MLflow {MLFLOW.url}",

@@ -1,14 +1,11 @@
 """Treatment: what retention offers change, by the customers nobody treats."""
 
-from datetime import timedelta
-
 import dagster as dg
 
-from churn_assets.data.windows import cutoff_of, midnight, partition_of
+from churn_assets.data.windows import cutoff_of
 from churn_assets.defs.metadata import groups_table, model_scores_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
-from churn_assets.monitoring.metric import append_metrics
 from churn_assets.monitoring.treatment import TreatmentReport, judge_treatment
 
 
@@ -34,7 +31,7 @@ def treatment_report(context: dg.AssetExecutionContext, project: dg.ResourcePara
     Churn rate of the hold-out minus that of the others, intention to treat, with its interval.
     """
     report = judged(project)
-    append_metrics(project.home.metrics, report.metrics())
+    project.add_metrics(report.metrics())
     context.log.info("%s: %s", report.verdict, report.reason)
     return dg.MaterializeResult(
         value=report,
@@ -61,10 +58,6 @@ def treatment_report(context: dg.AssetExecutionContext, project: dg.ResourcePara
 
 def judged(project: Project) -> TreatmentReport:
     """The offers by the predictions and labels there are now."""
-    now, behind, until = project.now(), timedelta(), cutoff_of(project.data_time())
-    if not SETTINGS.is_live:
-        # The days of the source are not those of the clock: by so many, as of today.
-        behind = midnight(partition_of(now)) - until
     return judge_treatment(
         project.lake,
         SETTINGS.holdout,
@@ -72,7 +65,7 @@ def judged(project: Project) -> TreatmentReport:
         SETTINGS.costs,
         decision_threshold=SETTINGS.training.decision_threshold,
         horizon_days=SETTINGS.windows.horizon_days,
-        behind=behind,
-        until=until,
-        now=now,
+        behind=project.behind(),
+        until=cutoff_of(project.data_time()),
+        now=project.now(),
     )

@@ -1,10 +1,7 @@
 """The trial: what the version on trial has shown on live requests, and what follows."""
 
-from datetime import timedelta
-
 import dagster as dg
 
-from churn_assets.data.windows import cutoff_of, midnight, partition_of
 from churn_assets.defs.metadata import guards_table, looks_table
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
@@ -60,17 +57,13 @@ def trial_report(context: dg.AssetExecutionContext, project: dg.ResourceParam[Pr
 
 def judged(project: Project, trial: TrialRun) -> TrialReport:
     """`trial` by the predictions and labels there are now."""
-    now, behind = project.now(), timedelta()
-    if not SETTINGS.is_live:
-        # The days of the source are not those of the clock: by so many, as of today.
-        behind = midnight(partition_of(now)) - cutoff_of(project.data_time())
     return judge_trial(
         project.lake,
         trial,
         SETTINGS.trial,
         horizon_days=SETTINGS.windows.horizon_days,
-        behind=behind,
-        now=now,
+        behind=project.behind(),
+        now=project.now(),
     )
 
 

@@ -14,9 +14,6 @@ START = date(2024, 1, 1)
 HISTORY_DAYS = 240
 """Days of the shop there are when the first model is trained; the drill begins with the next."""
 
-CHANGE_AFTER = 14
-"""Days of the drill before anything happens, so that a false alarm has the time to show."""
-
 HORIZON_DAYS = 14
 
 
@@ -27,7 +24,8 @@ class Case:
     shop: the scenario of the simulated shop. days: how long the drill goes on. every: days between
     two ticks of the daily schedules; a tick catches up on the days before it. sabotage: what is
     forced into production on the day of the change. labels_late: days for which no labels come in
-    after the change.
+    after the change. change_after: days before anything happens, so that a false alarm has the time
+    to show. customers: of the shop, about.
     """
 
     name: str
@@ -37,48 +35,81 @@ class Case:
     every: int = 2
     sabotage: Sabotage | None = None
     labels_late: int = 0
+    change_after: int = 14
+    customers: int = 2000
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def change(self) -> date:
         """The day on which it happens."""
-        return START + timedelta(days=HISTORY_DAYS + CHANGE_AFTER)
+        return START + timedelta(days=HISTORY_DAYS + self.change_after)
 
 
 CASES = (
     Case("stable_year", "stable year", days=365, every=7),
-    Case("holiday_season", "holiday season", "holiday_season", days=75),
-    Case("price_rise", "price rise", "price_rise", days=75),
-    Case("ticket_storm", "ticket storm", "ticket_storm", days=60),
-    Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=70),
-    Case("new_market", "new market", "new_market", days=90),
-    Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120),
-    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=100),
-    Case("bad_model", "bad model forced into production", days=28, sabotage="backwards"),
-    Case("slow_release", "slow release", days=24, sabotage="slow", every=1),
-    Case("failing_release", "failing release", days=24, sabotage="failing", every=1),
-    Case("label_delay", "sudden shift, labels late", "label_delay", days=120, labels_late=35),
-    Case("flapping", "flapping", "flapping", days=90),
+    Case("holiday_season", "holiday season", "holiday_season", days=75, every=3),
+    Case("price_rise", "price rise", "price_rise", days=75, every=3),
+    Case("ticket_storm", "ticket storm", "ticket_storm", days=60, every=3),
+    Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=60),
+    Case("new_market", "new market", "new_market", days=90, every=3),
+    Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120, every=3),
+    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=90, every=3),
+    Case("bad_model", "bad model forced into production", days=24, sabotage="backwards"),
+    Case("slow_release", "slow release", days=20, sabotage="slow"),
+    Case("failing_release", "failing release", days=20, sabotage="failing"),
+    Case(
+        "label_delay", "sudden shift, labels late", "label_delay", days=110, every=3, labels_late=35
+    ),
+    Case("flapping", "flapping", "flapping", days=75, every=3),
 )
-SHORT = ("sudden_shift", "bad_model", "login_tracking_broken")
-"""The worst: a world that changes, a model that never was any good, and data that lies."""
+SHORT = (
+    Case(
+        "sudden_shift",
+        "sudden concept shift",
+        "sudden_shift",
+        days=50,
+        every=4,
+        change_after=6,
+        customers=1200,
+    ),
+    Case(
+        "bad_model",
+        "bad model forced into production",
+        days=12,
+        sabotage="backwards",
+        change_after=6,
+        customers=1200,
+    ),
+    Case(
+        "login_tracking_broken",
+        "login tracking broken",
+        "login_tracking_broken",
+        days=36,
+        every=3,
+        change_after=6,
+        customers=1200,
+    ),
+)
+"""The worst three, shortened for the test suite: a world that changes, a model that never was any
+good, and data that lies."""
 
 
-def case_named(name: str) -> Case:
-    """The case of that name. Raises UserError listing them when there is none."""
-    found = next((case for case in CASES if case.name == name), None)
+def case_named(name: str, *, short: bool = False) -> Case:
+    """The case of that name, or its short form. Raises UserError when there is none."""
+    cases = SHORT if short else CASES
+    found = next((case for case in cases if case.name == name), None)
     if found is None:
-        raise UserError(f"there is no case {name}; there are {', '.join(c.name for c in CASES)}")
+        raise UserError(f"there is no case {name}; there are {', '.join(c.name for c in cases)}")
     return found
 
 
-def configuration(case: Case, *, customers: int) -> dict[str, Any]:
+def configuration(case: Case) -> dict[str, Any]:
     """The configuration of the project for a case, as CHURN_CONFIG holds it.
 
     Shorter windows than the product's, and gates that a shop of this size can pass: what is
     drilled is the loop, not the shop.
     """
-    source: dict[str, Any] = {"kind": "shop", "shop": {"customers": customers}}
+    source: dict[str, Any] = {"kind": "shop", "shop": {"customers": case.customers}}
     if case.shop != "stable":
         source["scenario"] = {"name": case.shop, "day": case.change}
     tick = _cron_day(case.every)
@@ -99,11 +130,22 @@ def configuration(case: Case, *, customers: int) -> dict[str, Any]:
         },
         "promotion": {"mode": "automatic", "min_rows": 300},
         # What the triggers do is drilled: a schedule would heal by luck.
-        "retraining": {"modes": {"scheduled": "off"}, "new_label_days": 60},
+        "retraining": {
+            "modes": {"scheduled": "off"},
+            "new_label_days": 60,
+            "persistence": 3 if case.every < 3 else 2,
+        },
+        "serving_health": {"window_hours": min(24 * case.every, 168)},
+        "performance": {"min_accuracy": 0.75},
+        "drift": {"draw": "on_drift", "report_rows": 500},
         "schedules": {
             "daily_refresh": f"0 2 {tick}",
             "prediction_log": f"30 2 {tick}",
             "drift_report": f"0 3 {tick}",
+            "performance_report": f"30 3 {tick}",
+            "serving_health": f"45 3 {tick}",
+            "treatment_report": "0 4 1 1 *",
+            "health_page": "30 5 1 * *",
             "decisions": f"0 5 {tick}",
             "trial_report": "0 4 1 1 *",
             "clean_archive": "30 5 1 1 *",

@@ -59,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     title: str
+    change: date
+    sabotaged: bool
     harmful: bool
     harm: float
     detected: bool
@@ -162,6 +164,8 @@ def outcome(
     return Outcome(
         name=case.name,
         title=case.title,
+        change=change,
+        sabotaged=case.sabotage is not None,
         harmful=harmful,
         harm=round(harm, 4),
         detected=first is not None,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from churn_assets.drill.cases import case_named
 from churn_assets.drill.outcome import HARM, Day, Outcome
 
 _WIDTH, _HEIGHT = 760, 190
@@ -43,7 +42,7 @@ def goals(outcomes: Sequence[Outcome]) -> list[Goal]:
                     one.false_retrains <= 1, f"{one.false_retrains} false retrains in a stable year"
                 )
             )
-    taken = [one for one in outcomes if case_named(one.name).sabotage]
+    taken = [one for one in outcomes if one.sabotaged]
     kept = [one.name for one in taken if not one.rollbacks]
     if taken:
         found.append(Goal(not kept, f"every bad release is rolled back ({_of(taken, kept)})"))
@@ -165,7 +164,7 @@ def _plot(one: Outcome) -> str:
         return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     lines = "".join(_line(known, name, x, y) for name in ("nothing", "oracle", "served"))
-    change = x(case_named(one.name).change)
+    change = x(one.change)
     marks = "".join(
         f'<line class="mark" x1="{x(e.at.date()):.1f}" x2="{x(e.at.date()):.1f}" y1="{_TOP}" '
         f'y2="{_HEIGHT - _BOTTOM}"><title>{html.escape(f"{e.at:%Y-%m-%d} {e.what}: {e.why}")}'

@@ -19,11 +19,10 @@ from churn_assets.drill.outcome import OUTCOME, Outcome
 from churn_assets.drill.report import goals, table, write_report
 from churn_assets.home import PROJECT_ROOT, Home
 
-CUSTOMERS = 2400
 _LAST_LINES = 25
 
 
-def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
+def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = False) -> bool:
     """Run `cases`, at most `jobs` at a time; print and write the report. Whether all goals are met.
 
     Each case's home is kept at `drill/<case>` until the next drill, for whoever wants to look.
@@ -32,9 +31,18 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     # The longest first, so that none of them is left alone at the end.
     ordered = sorted(cases, key=lambda case: case.days / case.every, reverse=True)
+    running: list[subprocess.Popen] = []
     with ThreadPoolExecutor(jobs) as pool:
-        names = [case.name for case in ordered]
-        found = dict(zip(names, pool.map(lambda case: _run(case, folder), ordered), strict=True))
+        begun = {case.name: pool.submit(_run, case, folder, short, running) for case in ordered}
+        try:
+            found = {name: case.result() for name, case in begun.items()}
+        except BaseException:
+            # Nothing goes on that nobody waits for.
+            for case in begun.values():
+                case.cancel()
+            for process in running:
+                process.terminate()
+            raise
     outcomes = [found[case.name] for case in cases]
     done = [one for one in outcomes if isinstance(one, Outcome)]
     write_report(folder, done)
@@ -49,13 +57,13 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int) -> bool:
     return not missed and len(done) == len(cases)
 
 
-def _run(case: Case, folder: Path) -> Outcome | str:
+def _run(case: Case, folder: Path, short: bool, running: list[subprocess.Popen]) -> Outcome | str:
     """The outcome of a case, or how its process ended."""
     root = folder / case.name
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     config = root / "config.yaml"
-    config.write_text(yaml.safe_dump(configuration(case, customers=CUSTOMERS)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(configuration(case)), encoding="utf-8")
     ours = ("CHURN_", "DAGSTER_", "MLFLOW_", "BENTOML_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {
@@ -67,18 +75,21 @@ def _run(case: Case, folder: Path) -> Outcome | str:
     }
     print(f"  {case.name:24} begins ({case.days} days)", flush=True)
     log = root / "drill.log"
+    command = [sys.executable, "-m", "churn_assets", "drill", "--one"]
     with log.open("wb") as sink:
-        done = subprocess.run(
-            [sys.executable, "-m", "churn_assets", "drill", "--one", case.name],
+        process = subprocess.Popen(
+            [*command, *(["--short"] if short else []), case.name],
             cwd=PROJECT_ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
         )
-    if done.returncode:
+        running.append(process)
+        code = process.wait()
+    if code:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        return f"exit code {done.returncode}\n" + "\n".join(last)
+        return f"exit code {code}\n" + "\n".join(last)
     found = msgspec.json.decode((root / OUTCOME).read_bytes(), type=Outcome)
     print(f"  {case.name:24} done in {found.seconds:.0f} s", flush=True)
     return found

@@ -61,6 +61,8 @@ def force_into_production(
     onnx = spoiled(release.model, kind, recency)
     run = client.create_run(client.get_run(str(good.run_id)).info.experiment_id)
     with mlflow.start_run(run_id=run.info.run_id):
+        params = client.get_run(str(good.run_id)).data.params
+        mlflow.log_params({key: params[key] for key in params if key.startswith("data_")})
         logged = mlflow.onnx.log_model(
             load_model_from_string(onnx), name="onnx", pip_requirements=["onnxruntime"]
         )

@@ -22,6 +22,7 @@ from churn_assets.lifecycle.registry import (
 )
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.lifecycle.trials import release_of_trial
+from churn_assets.modeling.bootstrap import Interval
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +34,14 @@ def figures_of(client: MlflowClient, version: Version) -> dict[str, float]:
     """What the evaluation of a version measured, as far as it did."""
     metrics = client.get_run(version.run_id).data.metrics if version.run_id else {}
     return {name: metrics[name] for name in FIGURES if name in metrics}
+
+
+def promised_auc(client: MlflowClient, version: Version) -> Interval | None:
+    """The AUC the evaluation of a version measured, with its interval where that was tracked."""
+    metrics = client.get_run(version.run_id).data.metrics if version.run_id else {}
+    if "auc" not in metrics:
+        return None
+    return Interval(metrics["auc"], metrics.get("auc_low"), metrics.get("auc_high"))
 
 
 def carry_out(

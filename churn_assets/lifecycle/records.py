@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from datetime import date, datetime
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -13,6 +14,8 @@ from churn_assets.modeling.bootstrap import Interval, interval_text
 from churn_assets.modeling.calibration import Calibration
 from churn_assets.modeling.costs import ProfitCurve
 from churn_assets.modeling.segments import Segment
+
+_Record = TypeVar("_Record")
 
 
 class TrainingSetRecord(msgspec.Struct, frozen=True):
@@ -203,3 +206,20 @@ class DeploymentRecord(msgspec.Struct, frozen=True):
     previous: str | None
     seconds: float
     seconds_away: float | None
+
+
+def every_record(records: Path, asset: str, kind: type[_Record]) -> list[_Record]:
+    """What each run of `asset` left, in no order. One of another format is left out."""
+    return list(records_by_run(records, asset, kind).values())
+
+
+def records_by_run(records: Path, asset: str, kind: type[_Record]) -> dict[str, _Record]:
+    """What each run of `asset` left, by the run's id. One of another format is left out."""
+    found = {}
+    for path in (records / asset).glob("*.json"):
+        if path.stem != "latest" and not path.name.startswith("."):
+            try:
+                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=kind)
+            except msgspec.ValidationError:
+                continue
+    return found

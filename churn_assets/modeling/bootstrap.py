@@ -189,12 +189,20 @@ def differences(
     return _intervals(lost, ours, resampling, seed, customers)
 
 
-def mean_interval(values: ArrayLike, resampling: Resampling, *, seed: int) -> Interval:
-    """The mean of `values` [rows] over the customers, a row each, with its interval."""
+def mean_interval(
+    values: ArrayLike, resampling: Resampling, *, seed: int, customers: ArrayLike | None = None
+) -> Interval:
+    """The mean of `values` [rows] with its interval.
+
+    customers: whose row it is [rows], where a customer has several; they are drawn together.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     drawn = np.concatenate(
-        [w @ numbers for w in _weights(len(numbers), resampling.resamples, seed, None)]
-    ) / len(numbers)
+        [
+            w @ numbers / w.sum(axis=1)
+            for w in _weights(len(numbers), resampling.resamples, seed, customers)
+        ]
+    )
     low, high = np.percentile(drawn, _tails(resampling))
     return Interval(float(numbers.mean()), float(low), float(high))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -273,6 +275,34 @@ def _wilson(share: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
     centre = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
     return np.minimum(centre - half, share), np.maximum(centre + half, share)
+
+
+def over_time_plot(
+    series: Mapping[str, Sequence[tuple[datetime, float]]],
+    title: str,
+    y: str,
+    *,
+    limit: float | None = None,
+) -> bytes:
+    """Figures over time, a line each, oldest first, and the limit they are held against."""
+    figure = _figure(4.2)
+    axes = figure.add_subplot()
+    for (name, points), colour in zip(
+        series.items(), itertools.cycle((MODEL, CHURNED, RETAINED)), strict=False
+    ):
+        if not points:
+            continue
+        times, values = zip(*points, strict=True)
+        axes.plot(times, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+    if limit is not None:
+        axes.axhline(
+            limit, color=REFERENCE, linewidth=1.2, linestyle="--", label=f"limit {limit:g}"
+        )
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9.5)
+    _style(axes, title, "", y)
+    figure.autofmt_xdate()
+    return _png(figure)
 
 
 def _figure(height: float) -> Figure:

@@ -42,7 +42,7 @@ class DriftPolicy:
     depend on each other, as those of overlapping windows do). Where D is above the limit and chance
     is not ruled out, the feature is insufficient.
     report_rows: rows of each side drawn for Evidently's report. workspace_runs: how many reports
-    Evidently's workspace keeps.
+    Evidently's workspace keeps. draw: whether Evidently draws each report, or those with drift.
     """
 
     alert_above: float = 0.15
@@ -56,8 +56,11 @@ class DriftPolicy:
     false_alarm_days: int = 30
     report_rows: int = 5000
     workspace_runs: int = 60
+    draw: Literal["always", "on_drift"] = "always"
 
     def __post_init__(self) -> None:
+        if self.draw not in ("always", "on_drift"):
+            raise UserError(f"drift.draw is {self.draw!r}; set always or on_drift")
         for name in (
             "alert_above",
             "minor_from",

@@ -166,7 +166,8 @@ class RetrainingEvidence:
     came to a model, or goes on. labelled_days: feature days with matured labels that no fault has
     touched. production, since: the version in Production, and since when. without: the features it
     was trained without. earlier: decisions made before. endings: of the runs that carried them out,
-    by the decision's id.
+    by the decision's id. spoiled: features of the newest drift report that look like a fault of the
+    data, with why: every value is missing, or all are the same.
     """
 
     metrics: Sequence[Metric]
@@ -178,6 +179,7 @@ class RetrainingEvidence:
     without: tuple[str, ...]
     earlier: Sequence[RetrainingDecision]
     endings: Mapping[str, Ending]
+    spoiled: Mapping[str, str] = field(default_factory=dict)
 
 
 def decide_retraining(
@@ -195,6 +197,7 @@ def decide_retraining(
         decide.nothing_to_watch,
         decide.restore,
         decide.data_fault,
+        decide.spoiled_features,
         decide.retrain,
         decide.investigate,
     ):
@@ -319,6 +322,16 @@ class _Decision:
         return self.made(
             "suppress", "data_fault", tuple(reasons), action, alert=not told, faults=faults
         )
+
+    def spoiled_features(self) -> RetrainingDecision | None:
+        """A feature without values, or with one only, is no news of the customers."""
+        spoiled = {n: why for n, why in self.seen.spoiled.items() if n not in self.seen.without}
+        if not spoiled or self.policy.modes.data_fault == "off":
+            return None
+        reasons = tuple(f"{name}: {why}" for name, why in spoiled.items())
+        action = f"learn nothing from {', '.join(spoiled)}"
+        told = any(d.verdict == "suppress" and d.action == action for d in self._recent(2))
+        return self.made("suppress", "data_fault", reasons, action, alert=not told)
 
     def retrain(self) -> RetrainingDecision | None:
         """What asks for a training, and whether there is to be one."""

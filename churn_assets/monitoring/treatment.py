@@ -23,13 +23,19 @@ import pyarrow.compute as pc
 from churn_assets.contract.holdout import Holdout
 from churn_assets.data.lake import Lake
 from churn_assets.data.prediction_log import PREDICTION_LOG, read_log
-from churn_assets.data.windows import label_partition, partition_of, partition_of_cutoff
+from churn_assets.data.windows import partition_of
 from churn_assets.errors import UserError
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.modeling.metrics import score
 from churn_assets.monitoring.metric import Metric
 from churn_assets.monitoring.metric import Verdict as MetricVerdict
-from churn_assets.monitoring.trial import EMPTY_LABELS, Outcomes, Predictions, outcomes_of
+from churn_assets.monitoring.outcomes import (
+    Outcomes,
+    Predictions,
+    label_cutoffs,
+    matured_labels,
+    outcomes_of,
+)
 
 OFFERS = "offers"
 # Customers of the hold-out to be expected before its share says anything.
@@ -185,14 +191,10 @@ def marked_predictions(log: pd.DataFrame, *, behind: timedelta = timedelta()) ->
     """The logged predictions in the order they were answered in, with the cutoff of their label.
 
     log: customer_id, at, request_id, cutoff, probability and holdout of the table `prediction_log`.
-    Cutoffs are those of monitoring/trial.py. `holdout` is nullable here. behind: by how much data
-    time is behind the clock of the service, in whole days.
+    Cutoffs are those of monitoring/outcomes.py. `holdout` is nullable here. behind: by how much
+    data time is behind the clock of the service, in whole days.
     """
-    of_requests = (log["at"] - behind).dt.floor("D") + _DAY
-    rows = log.assign(
-        cutoff=log["cutoff"].fillna(of_requests).astype(_UTC_MOMENT),
-        holdout=log["holdout"].astype("boolean"),
-    )
+    rows = log.assign(cutoff=label_cutoffs(log, behind), holdout=log["holdout"].astype("boolean"))
     return rows.sort_values(["at", "request_id"], kind="stable", ignore_index=True)
 
 
@@ -357,20 +359,7 @@ def judge_treatment(
     since = partition_of(now) - timedelta(days=policy.window_days)
     log = read_log(lake, [day for day in there if day >= since], _COLUMNS).to_pandas()
     rows = marked_predictions(log, behind=behind)
-    labelled = set(lake.days("churn_labels"))
-    matured = {
-        cutoff.to_pydatetime(): day
-        for cutoff in rows["cutoff"].unique()
-        if (day := label_partition(partition_of_cutoff(cutoff), horizon_days)) in labelled
-    }
-    labels = EMPTY_LABELS
-    if matured:
-        labels = lake.read(
-            "churn_labels",
-            days=sorted(matured.values()),
-            columns=list(EMPTY_LABELS.columns),
-            customers=set(rows["customer_id"]),
-        ).to_pandas()
+    labels, matured = matured_labels(lake, rows, horizon_days)
     offers = None
     if days := lake.days(OFFERS):
         offers = lake.read(OFFERS, days=days, columns=list(EMPTY_OFFERS.columns)).to_pandas()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +16,22 @@ from numpy.typing import NDArray
 from churn_assets.contract.logged import Arm
 from churn_assets.contract.trial import assignment
 from churn_assets.data.lake import Lake
-from churn_assets.data.windows import label_partition, partition_of, partition_of_cutoff
+from churn_assets.data.windows import partition_of
 from churn_assets.lifecycle.history import Evidence, TrialRun
 from churn_assets.lifecycle.trials import TrialPolicy
 from churn_assets.monitoring.confidence import confidence_sequence
+from churn_assets.monitoring.outcomes import (
+    PREDICTION_LOG,
+    UTC_MOMENT,
+    Outcomes,
+    Predictions,
+    counted_once,
+    label_cutoffs,
+    matured_labels,
+    moments,
+    outcomes_of,
+)
 
-PREDICTION_LOG = "prediction_log"
 LATENCY_REQUESTS = 100
 LATENCY_FLOOR_MS = 1.0
 LOOKS_KEPT = 200
@@ -35,26 +45,17 @@ STOPPED: Verdict = "stopped by a guard rail"
 HARMFUL: tuple[Verdict, ...] = ("worse", STOPPED)
 PASSING: tuple[Verdict, ...] = ("challenger better", "no worse within margin")
 
-_UTC_MOMENT = "datetime64[us, UTC]"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EMPTY_LOG = pd.DataFrame(
     {
         "request_id": pd.Series(dtype="str"),
-        "at": pd.Series(dtype=_UTC_MOMENT),
+        "at": pd.Series(dtype=UTC_MOMENT),
         "customer_id": pd.Series(dtype="str"),
         "champion": pd.Series(dtype="float64"),
         "challenger": pd.Series(dtype="float64"),
         "arm": pd.Series(dtype="str"),
         "release_id": pd.Series(dtype="str"),
-        "cutoff": pd.Series(dtype=_UTC_MOMENT),
+        "cutoff": pd.Series(dtype=UTC_MOMENT),
         "latency_us": pd.Series(dtype="int64"),
-    }
-)
-EMPTY_LABELS = pd.DataFrame(
-    {
-        "customer_id": pd.Series(dtype="str"),
-        "cutoff": pd.Series(dtype=_UTC_MOMENT),
-        "churned": pd.Series(dtype="bool"),
     }
 )
 
@@ -143,34 +144,6 @@ class Traffic:
     misplaced: int
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions that an outcome may come to count for, in the order they count in.
-
-    rows: customer_id, cutoff (of the label), champion, challenger and answered (P(churn), NaN where
-    a model did not score), arm (as assigned). repeated, overlapping: left out, because the customer
-    has been counted at that cutoff, or at one less than a horizon before.
-    """
-
-    rows: pd.DataFrame
-    logged: int
-    repeated: int
-    overlapping: int
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Predictions with what became of their customers: `rows` as of Predictions, with churned.
-
-    waiting: their labels have not matured. unlabelled: matured, but the customer was not in the
-    population of that cutoff.
-    """
-
-    rows: pd.DataFrame
-    waiting: int
-    unlabelled: int
-
-
 def traffic_of(log: pd.DataFrame, trial: TrialRun) -> Traffic:
     """What the logged predictions of `trial` say of its requests.
 
@@ -201,20 +174,13 @@ def predictions_of(
 ) -> Predictions:
     """The predictions of `trial` that outcomes will count for, each with the cutoff of its label.
 
-    A prediction from stored features is judged by the label of their cutoff. One whose request
-    brought its features is judged by the label of the first cutoff after it, the midnight that ends
-    its day: no outcome then lies before the prediction. behind: by how much data time is behind the
-    clock of the service, in whole days.
-
-    The first prediction of a customer at a cutoff counts. After one that counts, the customer does
-    not for a horizon: windows that overlap would count the same orders again.
+    Their rows have champion, challenger and answered (P(churn), NaN where a model did not score)
+    and arm (as assigned). Which count, and by which label: see `outcomes.py`.
     """
-    day = timedelta(days=1)
-    of_requests = (log["at"] - behind).dt.floor("D") + day
     rows = pd.DataFrame(
         {
             "customer_id": log["customer_id"],
-            "cutoff": log["cutoff"].fillna(of_requests).astype(_UTC_MOMENT),
+            "cutoff": label_cutoffs(log, behind),
             "at": log["at"],
             "request_id": log["request_id"],
             "champion": log["champion"].astype("float64"),
@@ -224,43 +190,7 @@ def predictions_of(
     )
     by_challenger = log["arm"].to_numpy() == "challenger"
     rows["answered"] = np.where(by_challenger, rows["challenger"], rows["champion"])
-    rows = rows.sort_values(["cutoff", "at", "request_id"], kind="stable", ignore_index=True)
-    first = ~rows.duplicated(["customer_id", "cutoff"]).to_numpy()
-    kept, until = first.copy(), {}
-    customers, cutoffs = rows["customer_id"].to_list(), rows["cutoff"].astype("int64").to_list()
-    horizon = horizon_days * day // timedelta(microseconds=1)
-    for place in np.flatnonzero(first).tolist():
-        customer, cutoff = customers[place], cutoffs[place]
-        if cutoff < until.get(customer, cutoff):
-            kept[place] = False
-        else:
-            until[customer] = cutoff + horizon
-    return Predictions(
-        rows[kept].reset_index(drop=True),
-        logged=len(rows),
-        repeated=int((~first).sum()),
-        overlapping=int((first & ~kept).sum()),
-    )
-
-
-def outcomes_of(
-    predictions: Predictions, labels: pd.DataFrame, matured: Collection[datetime]
-) -> Outcomes:
-    """What became of the customers of `predictions`.
-
-    labels: customer_id, cutoff and churned. matured: the cutoffs whose labels are all there.
-    """
-    ready = predictions.rows["cutoff"].isin(list(matured))
-    known = predictions.rows[ready].merge(
-        labels[["customer_id", "cutoff", "churned"]],
-        on=["customer_id", "cutoff"],
-        how="left",
-        validate="one_to_one",
-    )
-    labelled = known["churned"].notna()
-    rows = known[labelled].reset_index(drop=True)
-    rows["churned"] = rows["churned"].astype(bool)
-    return Outcomes(rows, int((~ready).sum()), int((~labelled).sum()))
+    return counted_once(rows, horizon_days)
 
 
 def judge(
@@ -368,20 +298,7 @@ def judge_trial(
         log = lake.read(PREDICTION_LOG, days=days, columns=list(EMPTY_LOG.columns)).to_pandas()
     log = log[log["release_id"] == trial.release_id].reset_index(drop=True)
     predictions = predictions_of(log, trial, horizon_days=horizon_days, behind=behind)
-    there = set(lake.days("churn_labels"))
-    matured = {
-        cutoff.to_pydatetime(): day
-        for cutoff in predictions.rows["cutoff"].unique()
-        if (day := label_partition(partition_of_cutoff(cutoff), horizon_days)) in there
-    }
-    labels = EMPTY_LABELS
-    if matured:
-        labels = lake.read(
-            "churn_labels",
-            days=sorted(matured.values()),
-            columns=list(EMPTY_LABELS.columns),
-            customers=set(predictions.rows["customer_id"]),
-        ).to_pandas()
+    labels, matured = matured_labels(lake, predictions.rows, horizon_days)
     outcomes = outcomes_of(predictions, labels, matured)
     return judge(trial, predictions, outcomes, traffic_of(log, trial), policy, now=now)
 
@@ -438,7 +355,7 @@ def _paired(rows: pd.DataFrame, policy: TrialPolicy) -> Judged:
     found = confidence_sequence(clipped, -clip, clip, policy.alpha, ends)
     looks = tuple(
         Look(cutoff, int(end), float(mean), float(lower), float(upper))
-        for cutoff, end, mean, lower, upper in zip(_moments(cutoffs), ends, *found, strict=True)
+        for cutoff, end, mean, lower, upper in zip(moments(cutoffs), ends, *found, strict=True)
     )
     figures = _figures(looks[-1]) | {
         "champion_log_loss": float(champion.mean()),
@@ -473,7 +390,7 @@ def _by_arm(rows: pd.DataFrame, policy: TrialPolicy) -> Judged:
     looks = tuple(
         Look(cutoff, int(end), float(mean), float(lower), float(upper))
         for cutoff, end, mean, lower, upper in zip(
-            _moments(cutoffs[begun]),
+            moments(cutoffs[begun]),
             ends_of["champion"][begun] + ends_of["challenger"][begun],
             challenger.mean - champion.mean,
             challenger.lower - champion.upper,
@@ -499,10 +416,6 @@ def _ends(cutoffs: pd.Series) -> tuple[pd.DatetimeIndex, NDArray[np.int64]]:
     """The cutoffs there are, oldest first, and how many rows there are up to each."""
     counts = cutoffs.value_counts().sort_index()
     return pd.DatetimeIndex(counts.index), counts.to_numpy(dtype=np.int64).cumsum()
-
-
-def _moments(cutoffs: pd.DatetimeIndex) -> list[datetime]:
-    return [_EPOCH + timedelta(microseconds=cutoff) for cutoff in cutoffs.astype("int64").to_list()]
 
 
 def _figures(look: Look) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "churn_assets"
-MIDDLE = {"data", "modeling", "lifecycle", "monitoring", "simulator"}
+MIDDLE = {"data", "modeling", "lifecycle", "monitoring", "simulator", "drill"}
 CONTRACT_MAY_IMPORT = {"msgspec", "numpy", "churn_assets"} | set(sys.stdlib_module_names)
 
 

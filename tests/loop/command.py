@@ -50,7 +50,9 @@ def environment(home: Path, config: Path | None, **more: str) -> dict[str, str]:
     return mine if config is None else mine | {"CHURN_CONFIG": str(config)}
 
 
-def churn(home: Path, config: Path | None, *arguments: str, **more: str) -> Done:
+def churn(
+    home: Path, config: Path | None, *arguments: str, timeout: float = 300, **more: str
+) -> Done:
     """Run the command to its end."""
     done = subprocess.run(
         [sys.executable, "-m", "churn_assets", *(arguments or ("run",))],
@@ -58,7 +60,7 @@ def churn(home: Path, config: Path | None, *arguments: str, **more: str) -> Done
         env=environment(home, config, **more),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

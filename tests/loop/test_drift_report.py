@@ -22,14 +22,18 @@ from registered import NOW, Shop
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.prediction_log import PREDICTION_LOG, SCHEMA
 from churn_assets.data.windows import cutoff_of
+from churn_assets.defs.health import health_page, page_of
 from churn_assets.defs.monitoring import drift_report
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, RecordIOManager, read_record
 from churn_assets.home import Home
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.registry import rollback_plan, transition
+from churn_assets.monitoring.alert_outbox import Outbox
+from churn_assets.monitoring.alerts import Alert
 from churn_assets.monitoring.drift_watch import DriftRecord
 from churn_assets.monitoring.metric import read_metrics
+from churn_assets.monitoring.rollback import RollbackDecision
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow's way of asking its own database.
@@ -85,6 +89,36 @@ def promote(shop: Shop, version: str) -> None:
     )  # fmt: skip
 
 
+def assert_on_the_health_page(shop: Shop, promoted: str) -> None:
+    """The asset shows this home's metrics, its promotion, a decision and what is open."""
+    project = Project(shop.home, SETTINGS)
+    alert = Alert("1", "k", "critical", "requests drift", "drift", "A person looks.", TODAY)
+    Outbox(shop.home.alerts, SETTINGS.alerts).raise_alert(alert)
+    folder = shop.home.records / "rollback_decision"
+    folder.mkdir(parents=True)
+    for verdict in ("keep", "rollback"):
+        decision = RollbackDecision(
+            verdict, verdict, promoted, None, (f"because {verdict}",), "none", False, TODAY
+        )
+        (folder / f"{verdict}.json").write_bytes(msgspec.json.encode(decision))
+    with warnings.catch_warnings(), dg.DagsterInstance.ephemeral() as instance:
+        warnings.simplefilter("ignore")
+        done = dg.materialize([health_page], instance=instance, resources={"project": project})
+    (shown,) = done.asset_materializations_for_node("health_page")
+    assert (shown.metadata["marks"].value, shown.metadata["open_alerts"].value) == (2, 1)
+    assert shown.metadata["page"].value == project.report_url(page_of(shop.home))
+    html = page_of(shop.home).read_text()
+    for part in (
+        "critical since 2024-07-09 04:00 UTC: requests drift. A person looks.",
+        f"version {promoted} to Production",
+        "because rollback",
+        "ks/avg_order_value",
+        f"drift/{TODAY.date() - DAY}.html",
+    ):
+        assert part in html
+    assert "because keep" not in html
+
+
 def test_from_an_empty_home_to_drifted_requests(shop: Shop) -> None:
     record, shown, passed = materialized(shop)
     assert (record.verdict, record.source, shown["version"]) == ("insufficient", "none", "none")
@@ -134,3 +168,4 @@ def test_from_an_empty_home_to_drifted_requests(shop: Shop) -> None:
     assert last["prediction_shift"].verdict == "alert"
     assert last["ks/avg_order_value"].release_id == shop.releases[good].manifest.release_id
     assert list(shop.home.evidently.glob("*/snapshots/*.json"))
+    assert_on_the_health_page(shop, good)

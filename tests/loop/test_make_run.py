@@ -41,6 +41,9 @@ ASSETS = (
     "drift_report",
     "trial_report",
     "prediction_log",
+    "performance_report",
+    "serving_health",
+    "health_page",
 )
 GATES = (
     "accuracy",
@@ -51,6 +54,15 @@ GATES = (
     "auc_over_recency",
     "log_loss_over_production",
 )
+# Nothing has been asked of a fresh home, and no evidence does not pass.
+WITHOUT_EVIDENCE = {
+    "performance_report.accuracy_holds",
+    "performance_report.no_decay",
+    "serving_health.latency",
+    "serving_health.errors",
+    "serving_health.volume",
+    "serving_health.up",
+}
 CHECKS = {
     "customer_features.schema",
     "customer_features.nulls",
@@ -102,6 +114,7 @@ def test_a_run_says_what_a_person_wants_to_know(first_run: Run):
         f"bento       {bento}",
         f"churn_probability {summary['prediction']['response']['churn_probability']}, risk ",
         f"drift       {summary['drift']['verdict']}: ",
+        f"health      {summary['health']['page']}",
         "`make up` shows all of it: Dagster http://",
         f"summary: {first_run.home / 'run' / 'summary.json'}",
     ):
@@ -160,7 +173,9 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert abs(summary["drift"]["prediction_shift"]) <= 0.1
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
     stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log", "trial"]
+    stages += ["performance", "service", "health"]
     assert list(summary["seconds"]) == stages
+    assert "<h1>Health</h1>" in Path(summary["health"]["page"]).read_text()
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
 
@@ -188,9 +203,14 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     assert set(seen.materialized) == set(ASSETS)
     for table in RAW:
         assert sorted(seen.materialized[table][0]) == days(FIRST, LAST)
-    assert set(seen.checks) == CHECKS
-    assert set(seen.checks.values()) == {"SUCCEEDED"}
+    assert set(seen.checks) == CHECKS | WITHOUT_EVIDENCE
+    assert {name for name, ended in seen.checks.items() if ended != "SUCCEEDED"} == (
+        WITHOUT_EVIDENCE
+    )
     assert seen.runs == [
+        ("health", "SUCCESS"),
+        ("watch_service", "SUCCESS"),
+        ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),
@@ -562,7 +582,10 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
     assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
-    assert refused_run.seen.runs[:4] == [
+    assert refused_run.seen.runs[:7] == [
+        ("health", "SUCCESS"),
+        ("watch_service", "SUCCESS"),
+        ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),
         ("drift", "SUCCESS"),

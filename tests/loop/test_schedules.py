@@ -74,8 +74,11 @@ def test_everything_is_on() -> None:
         "training_schedule",
         "drift_schedule",
         "prediction_log_schedule",
+        "performance_schedule",
+        "serving_health_schedule",
         "trial_schedule",
         "decisions_schedule",
+        "health_schedule",
         "treatment_schedule",
         "clean_archive_schedule",
     }

@@ -21,15 +21,17 @@ from conftest import SHOP
 from mlflow import MlflowClient
 from registered import CUSTOMER, NOW, Shop
 
+from churn_assets.contract.clock import CLOCK_VARIABLE, set_clock
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.release import read_release
 from churn_assets.contract.trial import assignment
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.log_sources import open_log_source
 from churn_assets.data.prediction_log import ingest
-from churn_assets.data.windows import cutoff_of, label_partition
+from churn_assets.data.windows import cutoff_of, label_partition, midnight
 from churn_assets.defs import jobs
 from churn_assets.defs.partitions import SETTINGS
+from churn_assets.defs.performance import performance_report
 from churn_assets.defs.registry import (
     Change,
     change_what_serves,
@@ -47,6 +49,9 @@ from churn_assets.lifecycle.pointer import Current, read_current
 from churn_assets.lifecycle.records import ProductionRelease
 from churn_assets.lifecycle.registry import POLICY, Registry, rollback_plan, transition
 from churn_assets.lifecycle.serving import PredictionLog, ask, free_port, serve
+from churn_assets.modeling.bootstrap import Interval
+from churn_assets.monitoring.metric import read_metrics
+from churn_assets.monitoring.performance import PerformanceRecord
 from churn_assets.monitoring.trial import TrialReport, last_report
 
 pytestmark = pytest.mark.filterwarnings(
@@ -194,6 +199,27 @@ def test_from_a_trial_to_production(shop: Shop, monkeypatch: pytest.MonkeyPatch)
     status = shop.churn("trial", "status")
     assert f"{trial.id}: version 2 beside version 1" in status.out
     assert "  challenger better: its log loss is " in status.out
+
+    # A month later, the version that was on trial is judged by what it scored then, too.
+    later = today + 32 * DAY
+    monkeypatch.setenv(CLOCK_VARIABLE, str(shop.home.root / "clock"))
+    set_clock(shop.home.root / "clock", midnight(later))
+    data_up_to_now(lake, later)
+    performed = materialized(project, performance_report)
+    assert all(check.passed for check in performed.get_asset_check_evaluations())
+    kept = read_record(project.home.records, "performance_report")
+    record = msgspec.json.decode(kept, type=PerformanceRecord)
+    assert (record.version, record.rows, record.verdict) == ("2", 900, "ok")
+    assert record.promised_auc == Interval(0.95, None, None)
+    assert record.metric("accuracy").verdict == "ok"
+    assert {line.release_id: line.outcomes for line in record.releases} == {both.release_id: 900}
+    assert {metric.name for metric in read_metrics(shop.home.metrics)} >= {
+        "accuracy",
+        "matured_auc",
+        "days_without_labels",
+    }
+    (shown,) = performed.asset_materializations_for_node("performance_report")
+    assert "data:image/png" in str(shown.metadata["over_time"].value)
 
 
 TRIAL = TrialRun(

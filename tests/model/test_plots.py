@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,16 @@ def test_every_plot_is_wide_enough_to_read_at_700_pixels(frame: pd.DataFrame, sp
         assert image.std() > 5
         assert len(png) < 200_000
     assert len(set(made)) == len(made)
+
+
+def test_figures_over_time_are_drawn_with_their_limit() -> None:
+    day = datetime(2026, 3, 1, tzinfo=UTC)
+    points = [(day + timedelta(days=n), 0.9 - n / 100) for n in range(5)]
+    png = plots.over_time_plot({"accuracy": points, "nothing": []}, "So", "", limit=0.8)
+    image = pixels(png)
+    assert drawn_in(image, plots.MODEL) > 100
+    assert drawn_in(image, plots.CHURNED) == 0
+    assert pixels(plots.over_time_plot({}, "Nothing yet", "")).shape[1] > 700
 
 
 def test_the_recency_baseline_is_drawn_when_given() -> None:

@@ -594,3 +594,16 @@ def test_nonsense_is_refused(wrong: dict[str, int], named: str) -> None:
         RetrainingPolicy(**wrong)  # ty: ignore[invalid-argument-type]
     with pytest.raises(UserError, match=r"retraining\.modes\.drift is 'maybe'"):
         Modes(drift="maybe")  # ty: ignore[invalid-argument-type]
+
+
+def test_a_feature_without_values_suppresses_what_would_learn_from_it() -> None:
+    spoiled = {LOGINS: "all 4,000 values are 0"}
+    decision = decide(metrics=drifted(), spoiled=spoiled)
+    assert (decision.verdict, decision.trigger, decision.alert) == ("suppress", "data_fault", True)
+    assert LOGINS in decision.action
+    assert spoiled[LOGINS] in decision.reasons[0]
+    again = decide(metrics=drifted(), spoiled=spoiled, earlier=[decision])
+    assert (again.verdict, again.alert) == ("suppress", False)
+    assert decide(metrics=drifted(), spoiled=spoiled, without=(LOGINS,)).verdict == "retrain"
+    off = decide(modes(data_fault="off"), metrics=drifted(), spoiled=spoiled)
+    assert off.verdict == "retrain"

@@ -20,8 +20,8 @@ from churn_assets.data.tables import TIMESTAMP
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.trials import TrialPolicy
+from churn_assets.monitoring.outcomes import EMPTY_LABELS
 from churn_assets.monitoring.trial import (
-    EMPTY_LABELS,
     EMPTY_LOG,
     TrialReport,
     judge_trial,

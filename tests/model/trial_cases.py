@@ -12,10 +12,10 @@ import pandas as pd
 from churn_assets.contract.trial import assignment
 from churn_assets.lifecycle.history import Evidence, Move, Step, TrialRun
 from churn_assets.lifecycle.trials import TrialPolicy
+from churn_assets.monitoring.outcomes import outcomes_of
 from churn_assets.monitoring.trial import (
     TrialReport,
     judge,
-    outcomes_of,
     predictions_of,
     traffic_of,
 )

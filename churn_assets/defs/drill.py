@@ -63,10 +63,9 @@ _DAY = timedelta(days=1)
 _HOURS = (9, 12, 16, 20)
 _START_TIMEOUT_S = 60
 _ORACLE_CUTOFFS, _ORACLE_SPACING = 6, 7
-# One database for all runs: that of each run costs a third of a second.
-_ONE_EVENT_LOG = {
-    "module": "dagster._core.storage.event_log",
-    "class": "ConsolidatedSqliteEventLogStorage",
+_STORAGES = {
+    "event_log_storage": "OneEngineEventLogStorage",
+    "run_storage": "OneEngineRunStorage",
 }
 
 
@@ -141,8 +140,15 @@ def _definitions() -> dg.Definitions:
 def _instance(home: Home) -> Generator[DagsterInstance]:
     folder = home.dagster / "events"
     folder.mkdir(exist_ok=True)
-    storage = {**_ONE_EVENT_LOG, "config": {"base_dir": str(folder)}}
-    overrides = {**NO_CAPTURE, "event_log_storage": storage}
+    storages = {
+        name: {
+            "module": "churn_assets.defs.event_log",
+            "class": kind,
+            "config": {"base_dir": str(folder)},
+        }
+        for name, kind in _STORAGES.items()
+    }
+    overrides = {**NO_CAPTURE, **storages}
     reference = InstanceRef.from_dir(str(home.dagster), overrides=overrides)
     with DagsterInstance.from_ref(reference) as instance:
         yield instance

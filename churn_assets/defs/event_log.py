@@ -13,10 +13,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
-from dagster._core.storage.event_log import SqliteEventLogStorage
-from sqlalchemy.engine import Connection
+from dagster._core.storage.event_log import (
+    ConsolidatedSqliteEventLogStorage,
+    SqliteEventLogStorage,
+)
+from dagster._core.storage.runs import SqliteRunStorage
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import Connection, Engine
 
 
 class _Batch(threading.local):
@@ -65,3 +71,38 @@ class BatchedSqliteEventLogStorage(SqliteEventLogStorage):
                 super().store_event_batch(events)
             finally:
                 self._batch.stack = None
+
+
+class OneEngineEventLogStorage(ConsolidatedSqliteEventLogStorage):
+    """All runs in one database, through one engine, for many runs in one process.
+
+    Dagster makes an engine for every statement and so compiles each anew.
+    """
+
+    @contextmanager
+    def _connect(self) -> Generator[Connection]:
+        with _engine(self._conn_string).connect() as connection, connection.begin():
+            yield connection
+
+
+class OneEngineRunStorage(SqliteRunStorage):
+    """SqliteRunStorage through one engine."""
+
+    @contextmanager
+    def connect(self) -> Generator[Connection]:
+        """A connection, in a transaction."""
+        with _engine(self._conn_string).connect() as connection, connection.begin():
+            yield connection
+
+
+@cache
+def _engine(url: str) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": 60})
+
+    @event.listens_for(engine, "connect")
+    def _settle(connection: Any, _record: Any) -> None:
+        # With a write-ahead log this survives a killed process, and a power cut but for the end.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    return engine

@@ -31,11 +31,18 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     folder.mkdir(parents=True, exist_ok=True)
     # The longest first, so that none of them is left alone at the end.
     ordered = sorted(cases, key=lambda case: case.days / case.every, reverse=True)
+    running: list[subprocess.Popen] = []
     with ThreadPoolExecutor(jobs) as pool:
-        names = [case.name for case in ordered]
-        found = dict(
-            zip(names, pool.map(lambda case: _run(case, folder, short), ordered), strict=True)
-        )
+        begun = {case.name: pool.submit(_run, case, folder, short, running) for case in ordered}
+        try:
+            found = {name: case.result() for name, case in begun.items()}
+        except BaseException:
+            # Nothing goes on that nobody waits for.
+            for case in begun.values():
+                case.cancel()
+            for process in running:
+                process.terminate()
+            raise
     outcomes = [found[case.name] for case in cases]
     done = [one for one in outcomes if isinstance(one, Outcome)]
     write_report(folder, done)
@@ -50,7 +57,7 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     return not missed and len(done) == len(cases)
 
 
-def _run(case: Case, folder: Path, short: bool) -> Outcome | str:
+def _run(case: Case, folder: Path, short: bool, running: list[subprocess.Popen]) -> Outcome | str:
     """The outcome of a case, or how its process ended."""
     root = folder / case.name
     shutil.rmtree(root, ignore_errors=True)
@@ -70,7 +77,7 @@ def _run(case: Case, folder: Path, short: bool) -> Outcome | str:
     log = root / "drill.log"
     command = [sys.executable, "-m", "churn_assets", "drill", "--one"]
     with log.open("wb") as sink:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*command, *(["--short"] if short else []), case.name],
             cwd=PROJECT_ROOT,
             env=environment,
@@ -78,9 +85,11 @@ def _run(case: Case, folder: Path, short: bool) -> Outcome | str:
             stdout=sink,
             stderr=sink,
         )
-    if done.returncode:
+        running.append(process)
+        code = process.wait()
+    if code:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        return f"exit code {done.returncode}\n" + "\n".join(last)
+        return f"exit code {code}\n" + "\n".join(last)
     found = msgspec.json.decode((root / OUTCOME).read_bytes(), type=Outcome)
     print(f"  {case.name:24} done in {found.seconds:.0f} s", flush=True)
     return found

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import yaml
-from churn_service.fast_lane import PATHS
-from churn_service.metrics import Metrics
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from churn_assets.definitions import defs
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.monitoring.exposition import HELP, VERDICT, exposition
 from churn_assets.monitoring.metric import Metric
 from churn_assets.monitoring.serving_health import ServingHealthPolicy
 from churn_assets.up import REPORTS, SERVICE
+from churn_service.fast_lane import PATHS
+from churn_service.metrics import Metrics
 
 PROMETHEUS = PROJECT_ROOT / "deploy" / "prometheus"
 GRAFANA = PROJECT_ROOT / "deploy" / "grafana"
@@ -39,6 +40,7 @@ RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 TESTS = sorted(PROMETHEUS.glob("*_test.yml"))
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "churn.json").read_text())
 PANELS = DASHBOARD["panels"]
+VERDICT_LABELS = {"name", "verdict"}
 WORDS = {"and", "or", "unless", "by", "on", "offset"}
 
 
@@ -76,9 +78,6 @@ def exported() -> dict[str, set[str]]:
     return names | {name: scraped | {"name"} for name in HELP} | {VERDICT: scraped | VERDICT_LABELS}
 
 
-VERDICT_LABELS = {"name", "verdict"}
-
-
 def unknown(query: str, names: dict[str, set[str]]) -> list[str]:
     """What a query asks for that nobody exports: names, and labels of a name."""
     found = []
@@ -94,11 +93,6 @@ def unknown(query: str, names: dict[str, set[str]]) -> list[str]:
     return found
 
 
-def anchors(page: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
 def test_the_configuration_is_valid():
     done = promtool("check", "config", "prometheus.yml")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -109,6 +103,16 @@ def test_the_configuration_is_valid():
 def test_the_rules_do_what_their_tests_say(path: Path):
     done = promtool("test", "rules", path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_rule_that_changed_fails_its_test(tmp_path: Path):
+    for path in PROMETHEUS.glob("*.yml"):
+        shutil.copy(path, tmp_path)
+    rules = (tmp_path / "rules.yml").read_text()
+    (tmp_path / "rules.yml").write_text(rules.replace("> 0.01", "> 0.1"))
+    done = promtool("test", "rules", tmp_path / "rules_test.yml")
+    assert done.returncode != 0
+    assert "ChurnErrorRateHigh" in done.stdout + done.stderr
 
 
 def test_every_alert_is_seen_to_fire():
@@ -127,10 +131,17 @@ def test_an_alert_says_what_to_do(alert: str):
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert {"summary", "description", "runbook_url"} == set(rule["annotations"])
-    page, anchor = rule["annotations"]["runbook_url"].split("#")
-    assert PROJECT_ROOT / page == RUNBOOK
-    assert anchor in anchors(RUNBOOK)
-    assert f"`{alert}`" in RUNBOOK.read_text(encoding="utf-8")
+    assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
+    assert f"### {alert}" in RUNBOOK.read_text(encoding="utf-8").splitlines()
+
+
+def test_every_check_is_in_the_runbook():
+    """By its name; the gates of a version by that of their asset."""
+    told = set(re.findall(r"`([\w.]+)`", RUNBOOK.read_text(encoding="utf-8")))
+    for key in defs.resolve_asset_graph().asset_check_keys:
+        asset = key.asset_key.path[-1]
+        gate = asset == "evaluation_report" and asset in told
+        assert gate or {key.name, f"{asset}.{key.name}"} & told, f"{asset}.{key.name}"
 
 
 def test_the_six_metrics_have_the_limits_of_the_settings():
@@ -139,8 +150,9 @@ def test_the_six_metrics_have_the_limits_of_the_settings():
         ("ChurnLatencyHigh", f"> {policy.max_p95_latency_ms / 1000:g}"),
         ("ChurnErrorRateHigh", f"> {policy.max_error_rate:g}"),
         ("ChurnVolumeLow", f"< {policy.min_volume_ratio:g}"),
+        ("ChurnVolumeLow", f">= {policy.min_baseline_rows}"),
     ):
-        assert limit in ALERTS[alert]["expr"].splitlines()[:3][-1] + ALERTS[alert]["expr"]
+        assert re.search(rf"{limit}(\s|$)", ALERTS[alert]["expr"]), alert
     judged = " ".join(ALERTS[name]["expr"] for name in ALERTS if "Low" in name or "Shift" in name)
     assert '"accuracy"' in judged
     assert '"prediction_shift"' in judged
@@ -181,7 +193,7 @@ def test_what_make_up_runs_is_scraped():
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in jobs}
     assert targets == {
         "churn-service": [f"127.0.0.1:{SERVICE.default_port}"],
-        "churn-reports": [f"127.0.0.1:{REPORTS.default_port}"],
+        "churn-monitoring": [f"127.0.0.1:{REPORTS.default_port}"],
     }
 
 
@@ -220,7 +232,7 @@ def test_the_provisioned_source_is_the_one_the_dashboard_asks():
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())[
         "datasources"
     ]
-    assert {uid for uid in _uids(DASHBOARD)} == {source["uid"]}
+    assert set(_uids(DASHBOARD)) == {source["uid"]}
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "churn.yaml").read_text())[
         "providers"
     ]

@@ -38,7 +38,7 @@ RULES = [
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 TESTS = sorted(PROMETHEUS.glob("*_test.yml"))
-DASHBOARD = json.loads((GRAFANA / "dashboards" / "churn.json").read_text())
+DASHBOARD = json.loads((GRAFANA / "churn.json").read_text())
 PANELS = DASHBOARD["panels"]
 VERDICT_LABELS = {"name", "verdict"}
 WORDS = {"and", "or", "unless", "by", "on", "offset"}
@@ -229,14 +229,14 @@ def test_the_dashboard_is_laid_out_without_overlaps():
 
 def test_the_provisioned_source_is_the_one_the_dashboard_asks():
     provisioning = GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())[
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())[
         "datasources"
     ]
     assert set(_uids(DASHBOARD)) == {source["uid"]}
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "churn.yaml").read_text())[
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "churn.yml").read_text())[
         "providers"
     ]
-    assert provider["type"] == "file"
+    assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
 
 
 def _uids(value: Any) -> list[str]:

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up drill evidently image test test-image bench lint lint-workflows format \
+.PHONY: help env run up drill evidently image test test-drill test-image bench lint lint-workflows format \
 	lock clean
 
 help: ## list the commands
@@ -51,6 +51,9 @@ image: env ## the container of the bento in Production; TAG=churn:... that of an
 
 test: env ## the test suite
 	@$(BIN)/python -m pytest
+
+test-drill: env ## the short drill: the three worst cases, some ten minutes
+	@$(BIN)/python -m pytest -m drill tests/loop/test_drill.py
 
 test-image: env ## the tests of the container, which need a container engine
 	@$(BIN)/python -m pytest -m image -rs tests/deploy

@@ -128,6 +128,8 @@ class SimulatedDaemon:
             resources=self.resources,
             repository_def=self._repository,
         ) as context:
+            # Else it opens the instance anew, which takes a second.
+            context._instance = self.instance
             asked = schedule.evaluate_tick(context)
         for request in asked.run_requests or []:
             # One without a key is the only one of its tick.

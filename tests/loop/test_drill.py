@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from command import churn
 
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(3000)]
+
 
 @pytest.fixture(scope="module")
 def drilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     home = tmp_path_factory.mktemp("drill")
-    done = churn(home, None, "drill", "--short", timeout=900)
+    done = churn(home, None, "drill", "--short", timeout=2700)
     path = home / "drill" / "report.json"
     assert path.exists(), done
     report = json.loads(path.read_text())
@@ -25,7 +27,6 @@ def whats(case: dict[str, Any]) -> list[str]:
     return [event["what"] for event in case["events"]]
 
 
-@pytest.mark.timeout(1000)
 def test_nobody_had_to_do_anything_and_nothing_failed(drilled: dict[str, dict[str, Any]]) -> None:
     for case in drilled.values():
         assert (case["human_steps"], case["failed_runs"]) == (0, 0), case["events"]

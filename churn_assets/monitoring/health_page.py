@@ -43,8 +43,14 @@ _AT_MOST = (
     "matured_log_loss",
     "ks/",
 )
-_WORDS = {"ok": "ok", "alert": "ALERT", "insufficient": "insufficient", "none": "not measured"}
-_RANK = {"ok": 0, "none": 1, "insufficient": 1, "alert": 2}
+_WORDS = {
+    "ok": "ok",
+    "alert": "ALERT",
+    "insufficient": "insufficient",
+    "stale": "out of date",
+    "none": "not measured",
+}
+_RANK = {"ok": 0, "none": 1, "insufficient": 1, "stale": 1, "alert": 2}
 _LETTERS: dict[MarkKind, str] = {"promotion": "P", "rollback": "R", "trial": "T", "decision": "D"}
 
 _YEAR = timedelta(days=365)
@@ -57,6 +63,16 @@ _MOST_ROWS = 150
 _LONGEST_TEXT = 300
 _LONGEST_LABEL = 80
 
+# What is older says nothing of now, unless it usually takes as long; as in deploy/prometheus.
+_FRESH = {
+    **dict.fromkeys(
+        ("p95_latency_ms", "error_rate", "volume_ratio", "service_up"), timedelta(hours=3)
+    ),
+    **dict.fromkeys(("offer_effect", "holdout_balance"), timedelta(days=9)),
+}
+_FRESH_DAILY = timedelta(hours=50)
+# A feature that was not measured for so long while others were is none of the model's any more.
+_FEATURE_GONE = timedelta(days=3)
 # A longer silence than so many usual steps is a gap.
 _STEPS_TO_GAP = 4
 _WIDTH, _HEIGHT, _STRIP = 1000, 100, 8
@@ -130,14 +146,14 @@ def health_page(
     open_alerts: Sequence[str] = (),
 ) -> str:
     """The page as HTML, in well under 500 KB for a year of hourly points."""
-    series = _series(metrics)
+    series = _without_gone_features(_series(metrics))
     spans = _spans(series, marks, now)
     parts = [
         _header(series, open_alerts, now),
         _alerts(open_alerts),
         _newest(series, now),
         _switch(spans),
-        *_charts(series, marks, spans),
+        *_charts(series, marks, spans, now),
         _table(marks),
         _links(links),
     ]
@@ -149,7 +165,7 @@ def health_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_overall(series, open_alerts)[1]} - health</title>"
+        f"<title>{_overall(series, open_alerts, now)[1]} - health</title>"
         f"<style>{_STYLE}</style></head><body>{inputs}<main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
@@ -173,6 +189,23 @@ def _series(metrics: Iterable[Metric]) -> dict[str, list[Metric]]:
     return {name: found[name] for name in sorted(found, key=place)}
 
 
+def _without_gone_features(series: Mapping[str, list[Metric]]) -> dict[str, list[Metric]]:
+    features = [found[-1].at for name, found in series.items() if name.startswith("ks/")]
+    return {
+        name: found
+        for name, found in series.items()
+        if not name.startswith("ks/") or max(features) - found[-1].at <= _FEATURE_GONE
+    }
+
+
+def _verdict(found: Sequence[Metric], now: datetime) -> str:
+    """The newest verdict of a metric; `stale` where it is too old to say that all is well."""
+    newest = found[-1]
+    usual = _usual_step(found) or timedelta()
+    fresh = max(_FRESH.get(newest.name, _FRESH_DAILY), 2 * usual)
+    return "stale" if newest.verdict != "alert" and now - newest.at > fresh else newest.verdict
+
+
 def _spans(
     series: Mapping[str, Sequence[Metric]], marks: Sequence[Mark], now: datetime
 ) -> list[_Span]:
@@ -188,11 +221,13 @@ def _spans(
     return spans
 
 
-def _overall(series: Mapping[str, Sequence[Metric]], open_alerts: Sequence[str]) -> tuple[str, str]:
+def _overall(
+    series: Mapping[str, Sequence[Metric]], open_alerts: Sequence[str], now: datetime
+) -> tuple[str, str]:
     """The verdict on everything, and a line of it: what is not known is not well."""
-    newest = {name: found[-1].verdict for name, found in series.items()}
+    newest = {name: _verdict(found, now) for name, found in series.items()}
     alert = [name for name, verdict in newest.items() if verdict == "alert"]
-    unknown = [name for name, verdict in newest.items() if verdict == "insufficient"]
+    unknown = [name for name, verdict in newest.items() if verdict in ("insufficient", "stale")]
     unknown += _missing(series)
     if alert or open_alerts:
         told = [_count(len(alert), "metric") + " in alert"] if alert else []
@@ -215,7 +250,7 @@ def _count(number: int, thing: str) -> str:
 def _header(
     series: Mapping[str, Sequence[Metric]], open_alerts: Sequence[str], now: datetime
 ) -> str:
-    verdict, line = _overall(series, open_alerts)
+    verdict, line = _overall(series, open_alerts, now)
     return (
         f'<header><h1>Health</h1><p class="overall {verdict}">{line}</p>'
         f'<p class="made">made {_moment(now)} UTC</p></header>'
@@ -232,7 +267,7 @@ def _alerts(open_alerts: Sequence[str]) -> str:
 def _newest(series: Mapping[str, Sequence[Metric]], now: datetime) -> str:
     """A card for each metric, what is wrong first."""
     cards: list[tuple[str, str, str]] = [
-        (name, found[-1].verdict, _card(found, now)) for name, found in series.items()
+        (name, _verdict(found, now), _card(found, now)) for name, found in series.items()
     ]
     cards += [
         (name, "none", _card_of(name, "none", "-", "", "nobody has measured it yet"))
@@ -243,19 +278,19 @@ def _newest(series: Mapping[str, Sequence[Metric]], now: datetime) -> str:
 
 
 def _card(found: Sequence[Metric], now: datetime) -> str:
-    newest = found[-1]
+    newest, verdict = found[-1], _verdict(found, now)
     since = newest.at
     for metric in reversed(found):
         if metric.verdict != newest.verdict:
             break
         since = metric.at
     measured = f"measured {_ago(now - newest.at)}"
-    if since != newest.at:
+    if since != newest.at and verdict == newest.verdict:
         measured += f"; {_WORDS[newest.verdict]} since {_moment(since)}"
     reason = newest.reason if newest.verdict != "ok" or newest.value is None else ""
     return _card_of(
         newest.name,
-        newest.verdict,
+        verdict,
         _figure(newest.name, newest.value),
         _limit_text(newest),
         measured,
@@ -298,7 +333,10 @@ def _switch(spans: Sequence[_Span]) -> str:
 
 
 def _charts(
-    series: Mapping[str, Sequence[Metric]], marks: Sequence[Mark], spans: Sequence[_Span]
+    series: Mapping[str, Sequence[Metric]],
+    marks: Sequence[Mark],
+    spans: Sequence[_Span],
+    now: datetime,
 ) -> list[str]:
     shown = []
     pictured = {_EXPECTED} if "accuracy" in series else set()
@@ -308,19 +346,21 @@ def _charts(
             for name in (*names, *([_EXPECTED] if "accuracy" in names else []))
             if name in series and name not in pictured
         ]
-        shown.append(_section(title, there, series, marks, spans))
+        shown.append(_section(title, there, series, marks, spans, now))
         pictured |= set(there)
     features = [name for name in series if name.startswith("ks/")]
     worst = sorted(features, key=lambda name: _urgency(series[name][-1]), reverse=True)
     drawn = set(worst[:_MOST_FEATURES])
     note = f"the {len(drawn)} nearest to their limit" if len(drawn) < len(features) else ""
     title = "Drift of the features"
-    shown.append(_section(title, [n for n in features if n in drawn], series, marks, spans, note))
+    shown.append(
+        _section(title, [n for n in features if n in drawn], series, marks, spans, now, note)
+    )
     feeds = [name for name in series if name.startswith("feed/")]
-    shown.append(_section("Feeds", feeds, series, marks, spans))
+    shown.append(_section("Feeds", feeds, series, marks, spans, now))
     pictured |= {*features, *feeds}
     others = [name for name in series if name not in pictured]
-    shown.append(_section("Others", others, series, marks, spans))
+    shown.append(_section("Others", others, series, marks, spans, now))
     return shown
 
 
@@ -336,13 +376,14 @@ def _section(
     series: Mapping[str, Sequence[Metric]],
     marks: Sequence[Mark],
     spans: Sequence[_Span],
+    now: datetime,
     note: str = "",
 ) -> str:
     if not names:
         return ""
     figures = "".join(
         _panel(name, series[name], series.get(_EXPECTED, ()) if name == "accuracy" else (),
-               marks, spans)
+               marks, spans, now)
         for name in names
     )  # fmt: skip
     said = f' <span class="quiet">{note}</span>' if note else ""
@@ -355,6 +396,7 @@ def _panel(
     beside: Sequence[Metric],
     marks: Sequence[Mark],
     spans: Sequence[_Span],
+    now: datetime,
 ) -> str:
     """The charts of a metric, one for each view, under its newest value."""
     newest = found[-1]
@@ -363,11 +405,11 @@ def _panel(
         last = beside[-1]
         expected = (
             f'<span class="quiet"><i class="second"></i> {_EXPECTED} '
-            f"{_figure(_EXPECTED, last.value)}</span>{_badge(last.verdict)}"
+            f"{_figure(_EXPECTED, last.value)}</span>{_badge(_verdict(beside, now))}"
         )
     caption = (
         f"<figcaption>{_text(name)} <b>{_figure(name, newest.value)}</b>"
-        f'{_badge(newest.verdict)}<span class="quiet">{_limit_text(newest)}</span>{expected}'
+        f'{_badge(_verdict(found, now))}<span class="quiet">{_limit_text(newest)}</span>{expected}'
         "</figcaption>"
     )
     charts = "".join(_chart(name, found, beside, marks, span) for span in spans)
@@ -398,6 +440,7 @@ def _chart(
     drawn += _path(_dots((p for p in points if p.alert), y), "dots")
     inside = [mark for mark in marks if span.holds(mark.at)]
     groups = _grouped(inside, span)
+    rows = {mark: row for row, mark in enumerate(_listed(marks))}
     lines = "".join(
         _path(
             "".join(f"M{_WIDTH * x:.0f} 0V{_HEIGHT}" for x, of in groups if _kind(of) == kind),
@@ -405,7 +448,7 @@ def _chart(
         )
         for kind in _LETTERS
     )
-    labels = "".join(_flag(x, of) for x, of in groups)
+    labels = "".join(_flag(x, of, rows) for x, of in groups)
     empty = "" if values else '<span class="empty">no value in this time</span>'
     return (
         f'<div class="chart {span.name}"><div class="plot">'
@@ -473,9 +516,15 @@ def _value(metric: Metric) -> float:
 
 def _longest_step(found: Sequence[Metric]) -> timedelta:
     """The longest time between two measurements that is no gap."""
+    usual = _usual_step(found)
+    return _YEAR if usual is None else _STEPS_TO_GAP * usual
+
+
+def _usual_step(found: Sequence[Metric]) -> timedelta | None:
+    """The time between two measurements; None where there are too few to say."""
     steps = [(after.at - before.at).total_seconds() for before, after in pairwise(found)]
     steps = [step for step in steps if step > 0]
-    return timedelta(seconds=_STEPS_TO_GAP * median(steps)) if len(steps) > 1 else _YEAR
+    return timedelta(seconds=median(steps)) if len(steps) > 1 else None
 
 
 def _range(name: str, values: Sequence[float]) -> tuple[float, float]:
@@ -574,14 +623,21 @@ def _kind(marks: Sequence[Mark]) -> MarkKind:
     return min((mark.kind for mark in marks), key=order.index)
 
 
-def _flag(x: float, marks: Sequence[Mark]) -> str:
+def _listed(marks: Sequence[Mark]) -> list[Mark]:
+    """What the table lists, newest first."""
+    return sorted(marks, key=lambda mark: mark.at, reverse=True)[:_MOST_ROWS]
+
+
+def _flag(x: float, marks: Sequence[Mark], rows: Mapping[Mark, int]) -> str:
+    """A flag on the time axis. It leads to its line in the table: a phone cannot hover."""
     kind, first = _kind(marks), marks[0]
     shown = next(mark for mark in marks if mark.kind == kind)
     more = f" and {len(marks) - 1} more from {_moment(first.at)} on" if len(marks) > 1 else ""
+    href = f' href="#m{rows[shown]}"' if shown in rows else ""
     title = f"{_moment(shown.at)} {_text(shown.label, _LONGEST_LABEL)}{more}"
     return (
-        f'<i class="mark {kind}" style="left:{100 * x:.1f}%" title="{title}">{_LETTERS[kind]}'
-        f"{'+' if len(marks) > 1 else ''}</i>"
+        f'<a class="mark {kind}"{href} style="left:{100 * x:.1f}%" title="{title}">'
+        f"{_LETTERS[kind]}{'+' if len(marks) > 1 else ''}</a>"
     )
 
 
@@ -596,15 +652,14 @@ def _table(marks: Sequence[Mark]) -> str:
     title = "<h2>Promotions, rollbacks, trials and decisions</h2>"
     if not marks:
         return f"{title}<p>none</p>"
-    newest = sorted(marks, key=lambda mark: mark.at, reverse=True)
     rows = "".join(
-        f'<tr><td class="when">{_moment(mark.at)}</td>'
+        f'<tr id="m{row}"><td class="when">{_moment(mark.at)}</td>'
         f'<td><i class="mark {mark.kind}">{_LETTERS[mark.kind]}</i> {mark.kind}</td>'
         f"<td><b>{_text(mark.label, _LONGEST_LABEL)}</b><br>{_text(mark.text, _LONGEST_TEXT)}</td>"
         "</tr>"
-        for mark in newest[:_MOST_ROWS]
+        for row, mark in enumerate(_listed(marks))
     )
-    older = len(newest) - _MOST_ROWS
+    older = len(marks) - _MOST_ROWS
     more = f"<p>{older:,} older ones are not listed.</p>" if older > 0 else ""
     return (
         f"{title}<table><thead><tr><th>UTC</th><th>what</th><th></th></tr></thead>"
@@ -667,7 +722,7 @@ h1{font-size:22px;margin:0}h2{font-size:18px;margin:26px 0 8px}h3{font-size:15px
 p{margin:4px 0}.quiet,.made,.x,.y{color:var(--quiet);font-size:13px}
 .overall{font-size:18px;font-weight:600;padding:8px 12px;border-radius:6px;color:var(--on)}
 .overall.ok,.badge.ok{background:var(--ok)}.overall.alert,.badge.alert{background:var(--alert)}
-.overall.insufficient,.badge.insufficient,.badge.none{background:var(--insufficient)}
+.overall.insufficient,.badge.insufficient,.badge.stale,.badge.none{background:var(--insufficient)}
 .badge{color:var(--on);border-radius:4px;padding:1px 7px;font-size:13px;font-weight:600;
 margin-left:6px;white-space:nowrap}
 .alerts{padding-left:0;margin:0;list-style:none}
@@ -677,7 +732,7 @@ overflow-wrap:anywhere}
 .card{background:var(--card);border-left:4px solid var(--insufficient);border-radius:4px;
 padding:6px 10px;overflow-wrap:anywhere}
 .card.ok{border-color:var(--ok)}.card.alert{border-color:var(--alert)}
-.card b{font-size:18px}.name{display:flex;justify-content:space-between;align-items:baseline}
+.card b{font-size:18px}.name{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline}
 .why{font-size:13px}
 input[name=span]{position:absolute;opacity:0;pointer-events:none}
 .switch{display:flex;gap:8px;margin-bottom:8px}
@@ -703,7 +758,8 @@ figcaption .badge{margin-left:0}
 .chart{display:grid;grid-template-columns:1fr auto;column-gap:6px}
 .plot{position:relative;padding-top:18px}
 .plot svg{display:block;width:100%;height:112px;background:var(--card);overflow:visible}
-.plot .mark{position:absolute;top:0;transform:translateX(-50%);cursor:help}
+.plot .mark{position:absolute;top:0;transform:translateX(-50%);text-decoration:none}
+tr:target{background:var(--card);outline:2px solid var(--blue)}
 .empty{position:absolute;left:10px;top:60px;color:var(--quiet);font-size:13px}
 .y{display:flex;flex-direction:column;justify-content:space-between;padding:18px 0 10px;
 min-width:52px;line-height:1}

@@ -65,6 +65,29 @@ def test_the_worst_newest_verdict_is_that_of_the_page() -> None:
     assert "error_rate was measured" in html
 
 
+def test_what_is_out_of_date_is_not_well() -> None:
+    well = [metric(name, 1) for name in SIX]
+    old = [m for m in well if m.name != "error_rate"] + [metric("error_rate", 4)]
+    assert overall(page(old)) == "insufficient"
+    assert cards(page(old))[0] == ("error_rate", "out of date")
+    alert = [metric("error_rate", 400, 0.9, "alert")]
+    assert overall(page([*well[2:], *alert])) == "alert"
+    # Daily ones have more time, and so has what is usually measured less often.
+    accuracy = [metric("accuracy", n) for n in (49, 51)]
+    assert dict(cards(page(accuracy[:1])))["accuracy"] == "ok"
+    assert dict(cards(page(accuracy[1:])))["accuracy"] == "out of date"
+    weekly = [metric("accuracy", 51 + 168 * n) for n in range(4)]
+    assert dict(cards(page(weekly)))["accuracy"] == "ok"
+
+
+def test_a_feature_the_model_no_longer_has_is_no_alert_for_ever() -> None:
+    well = [metric(name, 1) for name in SIX]
+    assert overall(page([*well, metric("ks/gone", 70, 0.9, "alert")])) == "alert"
+    html = page([*well, metric("ks/gone", 80, 0.9, "alert")])
+    assert overall(html) == "ok"
+    assert "ks/gone" not in html
+
+
 def test_an_alert_says_since_when() -> None:
     verdicts: list[Verdict] = ["alert", "ok", "alert", "alert", "alert"]
     html = page([metric("error_rate", 5 - n, 0.1, v) for n, v in enumerate(verdicts)])
@@ -151,6 +174,11 @@ def test_marks_stand_on_the_axis_and_in_the_table_newest_first() -> None:
     assert len(paths(html, "at promotion")) == len(paths(html, "at rollback")) == 1
     assert not paths(html, "at decision")
     table = html[html.index("<table>") :]
+    (row,) = re.findall(
+        r'href="#(m\d+)"[^>]*version 2 to Production', html[: html.index("<table>")]
+    )
+    (told,) = re.findall(rf'<tr id="{row}">.*?</tr>', table)
+    assert "by ada" in told
     assert table.index("back to version 1") < table.index("version 2 to Production")
 
 

@@ -732,7 +732,8 @@ overflow-wrap:anywhere}
 .card{background:var(--card);border-left:4px solid var(--insufficient);border-radius:4px;
 padding:6px 10px;overflow-wrap:anywhere}
 .card.ok{border-color:var(--ok)}.card.alert{border-color:var(--alert)}
-.card b{font-size:18px}.name{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline}
+.card b{font-size:18px}.name{display:flex;flex-wrap:wrap;justify-content:space-between;
+align-items:baseline}
 .why{font-size:13px}
 input[name=span]{position:absolute;opacity:0;pointer-events:none}
 .switch{display:flex;gap:8px;margin-bottom:8px}

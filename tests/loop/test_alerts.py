@@ -403,7 +403,11 @@ def test_an_asset_that_is_late(watch: Watch, hook: Webhook) -> None:
         watch.at(NOON + timedelta(hours=hour))
         watch.tick()
     # The refresh by its day, the log by its hour; the report has been missing for too short.
-    assert set(watch.open) == {"late/customer_features", "late/prediction_log"}
+    assert set(watch.open) == {
+        "late/customer_features",
+        "late/prediction_log",
+        "late/serving_health",
+    }
     watch.at(NOON + timedelta(hours=98))
     watch.tick()
     assert "late/drift_report" in watch.open
@@ -411,7 +415,11 @@ def test_an_asset_that_is_late(watch: Watch, hook: Webhook) -> None:
     materialize(watch, name="customer_features")
     watch.at(NOON + timedelta(hours=99))
     watch.tick()
-    assert set(watch.open) == {"late/prediction_log"}
+    assert set(watch.open) == {
+        "late/performance_report",
+        "late/prediction_log",
+        "late/serving_health",
+    }
 
 
 def test_the_last_day_of_a_live_source_is_expected(watch: Watch) -> None:

@@ -234,7 +234,11 @@ def test_dagster_knows_what_each_asset_was_made_of(first_run: Run):
     assert set(made_of("production_release")) == {"promotion_decision"}
     assert set(made_of("churn_bento")) == {"production_release"}
     assert set(made_of("deployment")) == {"churn_bento"}
-    assert set(made_of("drift_report")) == {"customer_features", "production_release"}
+    assert set(made_of("drift_report")) == {
+        "customer_features",
+        "prediction_log",
+        "production_release",
+    }
 
 
 def test_the_assets_carry_what_a_person_looks_at(first_run: Run):

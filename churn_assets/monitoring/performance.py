@@ -251,7 +251,7 @@ def logged_predictions(
         rows["answered"] = pd.Series(arm, dtype="float64").fillna(log["probability"])
         rows["p"] = scored_by(log, version)
         held = log[HOLDOUT] if HOLDOUT in log else pd.Series(False, index=log.index)
-        rows["holdout"] = held.fillna(False).astype(bool)
+        rows["holdout"] = held.eq(True).to_numpy(dtype=bool, na_value=False)
         rows = rows.sort_values(["at", "request_id"], kind="stable")
         parts.append(rows.drop_duplicates(["customer_id", "cutoff", "release_id"]))
     frames = [part for part in parts if len(part)]

@@ -353,10 +353,9 @@ def write_log(lake: Lake, logged: pd.DataFrame, *, holdout: bool, version: str =
             "latency_us": 500,
         }
         frame = pd.DataFrame(columns).reindex(columns=SCHEMA.names)
-        table = pa.Table.from_pandas(frame, SCHEMA, preserve_index=False)
         if holdout:
-            held = rows["customer_id"].str.endswith("0").to_numpy()
-            table = table.append_column("holdout", pa.array(held))
+            frame["holdout"] = rows["customer_id"].str.endswith("0").to_numpy()
+        table = pa.Table.from_pandas(frame, SCHEMA, preserve_index=False)
         lake.write(PREDICTION_LOG, day, day, table, day_of="at")
 
 

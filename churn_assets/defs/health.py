@@ -30,6 +30,8 @@ def page_of(home: Home) -> Path:
     owners=[f"team:{SETTINGS.team}"],
     deps=[
         "drift_report",
+        "performance_report",
+        "serving_health",
         "prediction_log",
         "feed_health",
         "retraining_decision",

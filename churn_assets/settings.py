@@ -172,6 +172,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spark: SparkSettings = SparkSettings()
     team: str = "growth"
     use_case: str = "customer churn"
+    plots: bool = True
     model_name: str = "churn"
     seed: int = 42
     windows: Windows = Windows()

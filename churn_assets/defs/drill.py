@@ -98,6 +98,8 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
             began=began,
             alter=_late_labels(case),
             after_run=_end_mlflow_run,
+            # What the night's jobs found is looked at together, at their end.
+            sensors_every=timedelta(hours=12),
         )
         for day in (first + number * _DAY for number in range(case.days)):
             daemon.run_until(_at(day, 5, 30))

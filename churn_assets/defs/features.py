@@ -96,15 +96,11 @@ def customer_features(
     add_rows_per_day(context, done.rows)
     names = [feature.name for feature in FEATURES]
     newest = project.lake.read("customer_features", last, last)
-    context.add_asset_metadata(
-        {
-            "sample": sample(newest),
-            "distributions": plot(
-                feature_distributions(newest, names, title=f"Customers on {last}"), "distributions"
-            ),
-        },
-        partition_key=last.isoformat(),
-    )
+    shown: dict[str, dg.MetadataValue] = {"sample": sample(newest)}
+    if SETTINGS.plots:
+        png = feature_distributions(newest, names, title=f"Customers on {last}")
+        shown["distributions"] = plot(png, "distributions")
+    context.add_asset_metadata(shown, partition_key=last.isoformat())
     return dg.MaterializeResult(
         metadata={"rows": sum(done.rows.values())} | quarantine_counts(done.quarantined),
         check_results=[

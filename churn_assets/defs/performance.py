@@ -70,7 +70,7 @@ def performance_report(context: dg.AssetExecutionContext, project: dg.ResourcePa
             "everyone": intervals_table(record.everyone),
             "releases": released_table(record.releases),
             "counts": figures_table([record.counts]),
-            "over_time": _over_time(project),
+            **({"over_time": _over_time(project)} if SETTINGS.plots else {}),
         },
         check_results=[
             metric_check("accuracy_holds", record.metric("accuracy")),

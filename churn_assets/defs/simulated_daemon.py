@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class SimulatedDaemon:
     state_path: where it keeps what it must not forget; a daemon made anew goes on from there.
     alter: what becomes of a request for a run of a job at a moment, before it is executed.
     after_run: what the end of a process of its own would bring about after each run.
+    sensors_every: the least time between two looks at the sensors, apart from the one at the end of
+    `run_until`; with none they are looked at after each tick of a schedule.
     """
 
     definitions: dg.Definitions
@@ -68,6 +70,7 @@ class SimulatedDaemon:
     began: datetime
     alter: Callable[[str, dg.RunRequest, datetime], dg.RunRequest] = _as_it_is
     after_run: Callable[[], None] = lambda: None
+    sensors_every: timedelta = timedelta(0)
     runs: list[SimulatedRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class SimulatedDaemon:
             self._state = msgspec.json.decode(self.state_path.read_bytes(), type=State)
         except FileNotFoundError:
             self._state = State(self.began)
+        self._looked = self._state.ticked
         repository = self.definitions.get_repository_def()
         self._repository = repository
         self._schedules = [
@@ -96,7 +100,8 @@ class SimulatedDaemon:
         for moment, schedule in self._due(end):
             set_clock(self.clock_path, moment)
             self._tick_schedule(schedule, moment)
-            self._tick_sensors(moment)
+            if moment - self._looked >= self.sensors_every:
+                self._tick_sensors(moment)
             self._state.ticked = moment
             self._keep()
         set_clock(self.clock_path, end)
@@ -138,6 +143,7 @@ class SimulatedDaemon:
 
     def _tick_sensors(self, moment: datetime) -> None:
         """Evaluate the sensors until none of them asks for anything more."""
+        self._looked = moment
         for _ in range(_MOST_ROUNDS):
             # All of them, also after one has asked for a run.
             asked = [self._tick_sensor(sensor, moment) for sensor in self._sensors]

@@ -116,6 +116,7 @@ def configuration(case: Case) -> dict[str, Any]:
     return {
         "source": source,
         "calendar": {"start": START, "days": HISTORY_DAYS},
+        "plots": False,
         "windows": {"activity_days": 60, "horizon_days": HORIZON_DAYS},
         "data_gate": {"min_rows": 2000},
         "training": {"families": ["hist_gradient_boosting"], "trials": 2, "folds": 1},

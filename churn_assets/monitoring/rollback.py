@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
+from scipy.stats import binomtest
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence, Step, last_known_good, tenures
@@ -23,6 +24,7 @@ from churn_assets.monitoring.metric import Metric
 LIVE = ("p95_latency_ms", "error_rate")
 _DAY = timedelta(days=1)
 _ATTEMPTS = 3
+_CHANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class WatchPolicy:
 
     mode: `automatic`, `manual` (a person decides, and is told), or `off`. watch_days: for how long
     a release is watched. hold_off_days: after a rollback that was done by itself, no other is.
-    min_requests: live metrics of fewer say nothing. margin: by so much the log loss may be worse
+    min_requests: live metrics of fewer say nothing, but for failures that chance cannot explain. margin: by so much the log loss may be worse
     than that of the version before. min_rows: fewer labelled customers are no evidence.
     """
 
@@ -162,8 +164,21 @@ def _live_faults(live: Sequence[Metric], policy: WatchPolicy) -> list[str]:
     return [
         f"{metric.name}: {metric.reason}"
         for metric in live
-        if metric.name in LIVE and metric.verdict == "alert" and metric.rows >= policy.min_requests
+        if metric.name in LIVE
+        and metric.verdict == "alert"
+        and (metric.rows >= policy.min_requests or _fails_beyond_chance(metric))
     ]
+
+
+def _fails_beyond_chance(metric: Metric) -> bool:
+    """Whether few requests have failed so often that the share allowed cannot explain it.
+
+    An exact binomial test, as strict as looks every hour of the watch window ask for.
+    """
+    if metric.name != "error_rate" or not metric.value or metric.limit is None:
+        return False
+    errors = round(metric.value * metric.rows)
+    return binomtest(errors, metric.rows, metric.limit, "greater").pvalue < _CHANCE
 
 
 def _worse(replay: Evidence | str | None, policy: WatchPolicy) -> list[str]:

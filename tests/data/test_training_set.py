@@ -3,6 +3,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import ibis
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -17,7 +18,9 @@ from churn_assets.data.lake import Lake
 from churn_assets.data.training_set import (
     assemble_training_set,
     changed_partitions,
+    keep_rows,
     read_manifest,
+    replace_values,
     restore_training_set,
     store_training_set,
 )
@@ -208,3 +211,26 @@ def test_what_is_missing_is_named(lake: Lake) -> None:
         lake.write("customer_features", day, day, rows, day_of="day")
     with pytest.raises(UserError, match="no column login_frequency_7d"):
         assemble(lake)
+
+
+def test_a_set_with_some_of_its_rows_says_so_itself(lake: Lake) -> None:
+    whole = assemble(lake)
+    kept = np.arange(whole.table.num_rows) % 3 == 0
+    some = keep_rows(whole, kept)
+    assert some.table.equals(whole.table.take(pa.array(np.flatnonzero(kept))))
+    assert some.manifest.rows == kept.sum() < whole.manifest.rows
+    assert some.manifest.data_hash == content_hash(some.table) != whole.manifest.data_hash
+    assert whole.manifest.rows == whole.table.num_rows
+
+
+def test_a_set_with_other_values_keeps_its_types_and_every_other_column(lake: Lake) -> None:
+    whole = assemble(lake)
+    values = np.arange(whole.table.num_rows, dtype=np.float64)
+    other = replace_values(whole, {"support_tickets_90d": values})
+    assert other.table.schema == whole.table.schema
+    assert other.table["support_tickets_90d"].to_pylist() == values.astype(int).tolist()
+    rest = [name for name in whole.table.column_names if name != "support_tickets_90d"]
+    assert other.table.select(rest).equals(whole.table.select(rest))
+    assert other.manifest.data_hash == content_hash(other.table) != whole.manifest.data_hash
+    with pytest.raises(ValueError, match="no_such_feature"):
+        replace_values(whole, {"no_such_feature": values})

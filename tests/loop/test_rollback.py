@@ -7,16 +7,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from datetime import date
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from command import ROOT, environment, write_config
 from conftest import SHOP
 from registered import CUSTOMER, Shop, done_by
 
+from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.release import MODEL
+from churn_assets.data.lake import DAY, Lake
+from churn_assets.data.windows import label_partition
 from churn_assets.home import Home
+from churn_assets.lifecycle.comparison import replay_on_day
+from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.pointer import read_current
+from churn_assets.lifecycle.promotion import PromotionPolicy
 from churn_assets.lifecycle.serving import free_port
 
 pytestmark = pytest.mark.filterwarnings(
@@ -85,6 +95,43 @@ def test_from_a_bad_model_to_the_one_before_it_by_one_action(
     pointer = read_current(shop.home.current)
     assert pointer
     assert (pointer.model_version, pointer.step) == ("1", last.number)
+
+
+def test_two_versions_on_the_labelled_customers_of_a_day(shop: Shop, tmp_path: Path) -> None:
+    day, horizon = date(2024, 6, 3), 30
+    rng = np.random.default_rng(7)
+    x = rng.integers(0, 30, (600, len(FEATURE_NAMES)))
+    ids = [f"c-{number}" for number in range(len(x))]
+    features = pa.table({"customer_id": ids, **dict(zip(FEATURE_NAMES, x.T, strict=True))})
+    labels = pa.table({"customer_id": ids, "churned": x[:, 2] > x[:, 0]})
+    lake = Lake(str(tmp_path))
+
+    def compared(version: str, former: str, on: date = day) -> Evidence | str:
+        return replay_on_day(
+            shop.client(), lake, shop.read(), version, former, on, horizon,
+            shop.home.releases, PromotionPolicy(),
+        )  # fmt: skip
+
+    matured = label_partition(day, horizon)
+    for table, rows, at in (
+        ("customer_features", features, day),
+        ("churn_labels", labels, matured),
+    ):
+        dated = rows.append_column(DAY, pa.array([at] * len(ids), pa.date32()))
+        lake.write(table, at, at, dated, day_of=DAY)
+    worse = compared("2", "1")
+    assert isinstance(worse, Evidence)
+    assert (worse.passed, worse.incumbent, worse.rows) == (False, "1", 600)
+    better = compared("1", "2")
+    assert isinstance(better, Evidence)
+    assert better.passed
+    assert better.figures["log_loss_difference"] == -worse.figures["log_loss_difference"] < -1
+
+    without = features.drop_columns(["login_frequency_7d"])
+    dated = without.append_column(DAY, pa.array([day] * len(ids), pa.date32()))
+    lake.write("customer_features", day, day, dated, day_of=DAY)
+    assert "version 2 needs login_frequency_7d" in str(compared("2", "1"))
+    assert "2024-06-04" in str(compared("2", "1", date(2024, 6, 4)))
 
 
 def test_a_pipeline_does_not_promote_again_what_was_taken_back(shop: Shop) -> None:

@@ -93,6 +93,18 @@ def test_too_few_requests_and_metrics_of_the_customers_say_nothing(metrics: list
     assert decide(live=metrics).verdict == "keep"
 
 
+@pytest.mark.parametrize(
+    ("failed", "of", "taken_back"),
+    [(3, 3, True), (10, 40, True), (2, 3, False), (2, 60, False)],
+)
+def test_few_requests_speak_where_chance_cannot_explain_their_failures(
+    failed: int, of: int, taken_back: bool
+) -> None:
+    told = f"{failed} of {of} requests failed"
+    errors = Metric("error_rate", "alert", failed / of, 0.01, told, NOW, NOW, of, "v2-abc")
+    assert (decide(live=[errors]).verdict == "rollback") == taken_back
+
+
 def test_a_release_that_is_surely_worse_on_labels_is_taken_back() -> None:
     replay = replayed(1.5)
     decision = decide(replay=replay)

@@ -42,7 +42,11 @@ ASSETS = (
     "trial_report",
     "prediction_log",
     "performance_report",
+    "treatment_report",
     "serving_health",
+    "feed_health",
+    "retraining_decision",
+    "rollback_decision",
     "health_page",
 )
 GATES = (
@@ -58,6 +62,7 @@ GATES = (
 WITHOUT_EVIDENCE = {
     "performance_report.accuracy_holds",
     "performance_report.no_decay",
+    "treatment_report.holdout_intact",
     "serving_health.latency",
     "serving_health.errors",
     "serving_health.volume",
@@ -82,6 +87,7 @@ CHECKS = {
     "trial_report.no_harm",
     "prediction_log.keys_unique",
     "prediction_log.trimmed_what_is_there",
+    "feed_health.feeds_sound",
 }
 FIRST, LAST = date(2024, 1, 1), date(2024, 8, 7)
 HORIZON, ACTIVITY = 30, 90
@@ -173,7 +179,7 @@ def test_the_summary_has_every_figure(first_run: Run):
     assert abs(summary["drift"]["prediction_shift"]) <= 0.1
     assert set(summary["drift"]["statistics"]) == set(FEATURE_NAMES)
     stages = ["raw", "features", "labels", "online", "training", "bento", "drift", "log", "trial"]
-    stages += ["performance", "service", "health"]
+    stages += ["performance", "treatment", "service", "decisions", "health"]
     assert list(summary["seconds"]) == stages
     assert "<h1>Health</h1>" in Path(summary["health"]["page"]).read_text()
     assert all(seconds > 0 for seconds in summary["seconds"].values())
@@ -209,7 +215,9 @@ def test_dagster_has_every_asset_partition_and_check(first_run: Run):
     )
     assert seen.runs == [
         ("health", "SUCCESS"),
+        ("decisions", "SUCCESS"),
         ("watch_service", "SUCCESS"),
+        ("treatment", "SUCCESS"),
         ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),
@@ -586,9 +594,11 @@ def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):
     assert refused_run.seen.versions[version].tags["gates"] == "refused"
     assert refused_run.seen.aliases == {"production": "3"}
     assert refused_run.seen.bentos == resumed_run.seen.bentos
-    assert refused_run.seen.runs[:7] == [
+    assert refused_run.seen.runs[:9] == [
         ("health", "SUCCESS"),
+        ("decisions", "SUCCESS"),
         ("watch_service", "SUCCESS"),
+        ("treatment", "SUCCESS"),
         ("performance", "SUCCESS"),
         ("trial", "SUCCESS"),
         ("ingest_predictions", "SUCCESS"),

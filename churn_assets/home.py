@@ -197,15 +197,16 @@ class Home:
         """Whether any partition of the lake is there."""
         return any(self.lake.glob("*/day=*"))
 
-    def claim(self, identity: str) -> None:
+    def claim(self, identity: str, *, anew: bool = False) -> None:
         """Write down what this home is for, and refuse another use of it once it has data.
 
-        Raises UserError. Hold the home while calling it.
+        anew: whoever calls knows that the data is that of `identity` as well. Raises UserError.
+        Hold the home while calling it.
         """
         marker = self.root / "source.json"
         if marker.exists() and marker.read_text(encoding="utf-8") == identity:
             return
-        if marker.exists() and self.has_data():
+        if marker.exists() and self.has_data() and not anew:
             raise UserError(
                 f"{self.root} holds the data of another source, calendar or windows; "
                 "set CHURN_HOME to another folder for this configuration"

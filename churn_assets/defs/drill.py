@@ -47,6 +47,7 @@ from churn_assets.lifecycle.history import Step
 from churn_assets.lifecycle.records import every_record
 from churn_assets.lifecycle.registry import NOT_PERSONS, read_registry
 from churn_assets.lifecycle.release import fetch_release
+from churn_assets.lifecycle.relocation import relocate
 from churn_assets.lifecycle.serving import HOST, ask, ask_health, free_port
 from churn_assets.modeling.backtest import fitted, predict_churn
 from churn_assets.modeling.candidates import STARTS
@@ -79,13 +80,19 @@ class Counts:
     late: int = 0
 
 
+def begin(home: Home) -> None:
+    """The months before a case: the stable shop in `home`, and its first model in Production."""
+    set_clock(Path(os.environ[CLOCK_VARIABLE]), _BEGAN)
+    run_everything(home)
+
+
 def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A_DAY) -> Outcome:
-    """Run `case` in `home`, whose configuration and clock the environment names, and judge it."""
+    """Run `case` in `home`, as `begin` left it, and judge it.
+
+    The environment names the configuration and the clock.
+    """
     begun = time.monotonic()
     first = START + timedelta(days=HISTORY_DAYS)
-    began = _at(first, 0, 30)
-    set_clock(clock, began)
-    run_everything(home)
     counts = Counts()
     with _instance(home) as instance, _served(home) as url:
         project = Project.of(home)
@@ -95,7 +102,7 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
             resources={"project": project},
             clock_path=clock,
             state_path=home.root / "drill" / "daemon.json",
-            began=began,
+            began=_BEGAN,
             alter=_late_labels(case),
             after_run=_end_mlflow_run,
             # What the night's jobs found is looked at together, at their end.
@@ -124,8 +131,15 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
     )
 
 
-def run_and_write(case: Case, home: Home) -> None:
-    """Run `case` by the clock CHURN_CLOCK names, and write what it came to into the home."""
+def run_and_write(case: Case, home: Home, copied_from: Path | None) -> None:
+    """Run `case` by the clock CHURN_CLOCK names, and write what it came to into the home.
+
+    copied_from: where the months before it were spent, if not in this home.
+    """
+    if copied_from is not None:
+        relocate(home, copied_from)
+        # Up to the change, the shop of the case is the stable one.
+        home.claim(SETTINGS.identity(), anew=True)
     result = run_case(case, home, Path(os.environ[CLOCK_VARIABLE]))
     path = home.root / OUTCOME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -406,3 +420,6 @@ def _part(project: Project, day: date, names: Sequence[str]) -> Part:
 
 def _at(day: date, hour: int, minute: int = 0) -> datetime:
     return datetime.combine(day, time_of_day(hour, minute), UTC)
+
+
+_BEGAN = _at(START + timedelta(days=HISTORY_DAYS), 0, 30)

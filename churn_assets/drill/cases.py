@@ -103,6 +103,11 @@ def case_named(name: str, *, short: bool = False) -> Case:
     return found
 
 
+def start_of(case: Case) -> Case:
+    """The months before a case: those of the stable shop, the same for all of its size."""
+    return Case(f"start_{case.customers}", "the months before", every=1, customers=case.customers)
+
+
 def configuration(case: Case) -> dict[str, Any]:
     """The configuration of the project for a case, as CHURN_CONFIG holds it.
 

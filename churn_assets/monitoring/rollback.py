@@ -33,8 +33,9 @@ class WatchPolicy:
 
     mode: `automatic`, `manual` (a person decides, and is told), or `off`. watch_days: for how long
     a release is watched. hold_off_days: after a rollback that was done by itself, no other is.
-    min_requests: live metrics of fewer say nothing, but for failures that chance cannot explain. margin: by so much the log loss may be worse
-    than that of the version before. min_rows: fewer labelled customers are no evidence.
+    min_requests: live metrics of fewer say nothing, but for failures that chance cannot explain.
+    margin: by so much the log loss may be worse than that of the version before. min_rows: fewer
+    labelled customers are no evidence.
     """
 
     mode: Literal["automatic", "manual", "off"] = "automatic"

@@ -38,10 +38,8 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     processes = _Processes(folder, short)
     with ThreadPoolExecutor(jobs) as pool:
         # A case waits for its start, which nothing that waits may keep from beginning.
-        starts = {
-            start.name: pool.submit(processes.start, start)
-            for start in dict.fromkeys(map(start_of, ordered))
-        }
+        needed = {start.name: start for start in map(start_of, ordered)}
+        starts = {name: pool.submit(processes.start, start) for name, start in needed.items()}
         begun = {
             case.name: pool.submit(processes.case, case, starts[start_of(case).name])
             for case in ordered

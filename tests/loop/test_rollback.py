@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,17 +17,22 @@ import pyarrow as pa
 import pytest
 from command import ROOT, environment, write_config
 from conftest import SHOP
+from mlflow import MlflowClient
 from registered import CUSTOMER, Shop, done_by
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.release import MODEL
 from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.windows import label_partition
+from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.pointer import read_current
 from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.registry import read_registry
+from churn_assets.lifecycle.release import fetch_release
+from churn_assets.lifecycle.relocation import relocate
 from churn_assets.lifecycle.serving import free_port
 
 pytestmark = pytest.mark.filterwarnings(
@@ -134,6 +140,28 @@ def test_two_versions_on_the_labelled_customers_of_a_day(shop: Shop, tmp_path: P
     lake.write("customer_features", day, day, dated, day_of=DAY)
     assert "version 2 needs login_frequency_7d" in str(compared("2", "1"))
     assert "2024-06-04" in str(compared("2", "1", date(2024, 6, 4)))
+
+
+def test_a_copied_home_refers_to_itself(shop: Shop, tmp_path: Path, monkeypatch) -> None:
+    copy = Home(tmp_path / "elsewhere")
+    shutil.copytree(shop.home.root, copy.root)
+    beside = f"{shop.home.root}-2/page.html"
+    (copy.records / "note.json").write_text(f'["{beside}", "{shop.home.root}/page.html"]')
+    assert relocate(copy, shop.home.root) > 3
+    assert relocate(copy, shop.home.root) == 0
+    assert (copy.records / "note.json").read_text() == f'["{beside}", "{copy.root}/page.html"]'
+    client = MlflowClient(copy.mlflow_uri)
+    version = read_registry(client, "churn").version("1")
+    # From MLflow's artifacts, as this folder has no release yet.
+    found = fetch_release(client, version, tmp_path / "releases")
+    assert found.model == shop.releases["1"].model
+    assert str(copy.root) in str(client.get_run(found.manifest.mlflow_run).info.artifact_uri)
+    shutil.rmtree(copy.mlflow_artifacts)
+    with pytest.raises(UserError):
+        fetch_release(client, version, tmp_path / "none")
+    monkeypatch.setenv("CHURN_MLFLOW_URI", "http://127.0.0.1:5000")
+    with pytest.raises(UserError, match="unset CHURN_MLFLOW_URI"):
+        relocate(copy, shop.home.root)
 
 
 def test_a_pipeline_does_not_promote_again_what_was_taken_back(shop: Shop) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Generator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from compose_cases import COMPOSE, make_secrets, postgres_url
+from compose_cases import COMPOSE, make_secrets, own_databases, postgres_url
 
 from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.serving import HOST, free_port
 from churn_assets.settings import load_settings
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
@@ -141,7 +148,9 @@ def test_every_secret_is_one_make_secrets_makes_and_none_stands_here(tmp_path: P
         if path.name.startswith(".env") or path.is_dir():
             continue
         for line in path.read_text().splitlines():
-            assert not re.search(r"(?i)(password|secret)\w*\s*[:=]\s*['\"]?[A-Za-z0-9+/]{12,}$", line)
+            assert not re.search(
+                r"(?i)(password|secret)\w*\s*[:=]\s*['\"]?[A-Za-z0-9+/]{12,}$", line
+            )
 
 
 def test_only_the_proxy_and_the_service_are_to_be_had_and_on_loopback_until_told() -> None:
@@ -259,11 +268,10 @@ def test_the_image_passes_hadolint_and_takes_the_lock() -> None:
     assert ignored[1] == "*"
     # The last word on a file counts.
     assert ignored.index("**/.env*") > ignored.index("!deploy/compose")
-    copied = re.findall(r"^COPY ((?:[\w./-]+ )+)", text, re.MULTILINE)
-    for source in {source for sources in copied for source in sources.split()} - {"--from=packages"}:
-        if source != "/app":
-            assert (PROJECT_ROOT / source).exists(), source
-            assert any(source.startswith(line[1:]) for line in ignored if line.startswith("!"))
+    copied = re.findall(r"^COPY (?!--from)((?:[\w./-]+ )+)", text, re.MULTILINE)
+    for source in (source for sources in copied for source in sources.split()):
+        assert (PROJECT_ROOT / source).exists(), source
+        assert any(source.startswith(line[1:]) for line in ignored if line.startswith("!"))
 
 
 def test_secrets_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +293,9 @@ def test_secrets_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_only_missing_secrets_are_added(tmp_path: Path) -> None:
     file = tmp_path / ".env"
-    file.write_text("# ours\nPROXY_USER=ada\nREDIS_PASSWORD='a b'\nPROXY_TOKEN=\nexport S3_SECRET_KEY=x")
+    file.write_text(
+        "# ours\nPROXY_USER=ada\nREDIS_PASSWORD='a b'\nPROXY_TOKEN=\nexport S3_SECRET_KEY=x"
+    )
     file.chmod(0o644)
     made = make_secrets.make_secrets(COMPOSE / "compose.yaml", file)
     assert not {"REDIS_PASSWORD", "S3_SECRET_KEY"} & set(made)
@@ -317,33 +327,10 @@ def test_git_and_the_image_leave_the_secrets_alone() -> None:
 
 @pytest.fixture
 def databases(monkeypatch: pytest.MonkeyPatch) -> Generator[dict[str, str]]:
-    """The three databases as the script makes them, on the test server under names of their own."""
-    import psycopg
-    from psycopg import sql
-
-    server = postgres_url()
-    suffix = secrets.token_hex(4)
-    script = (COMPOSE / "databases.sql").read_text()
-    names = {name: f"{name}_{suffix}" for name in ("dagster", "mlflow", "churn")}
-    for name, own in names.items():
-        script = re.sub(rf"\b{name}\b(?=[ ,;])", own, script)
-    passwords = {f"{name.upper()}_DB_PASSWORD": secrets.token_urlsafe(16) for name in names}
-    done = said_by(
-        *(tool("psql"), server, "--no-psqlrc", "--quiet", "--file", "-"),
-        input=script,
-        env=os.environ | passwords,
-    )
-    try:
-        assert (done.returncode, done.stderr) == (0, "")
-        monkeypatch.setenv("DAGSTER_DB_PASSWORD", passwords["DAGSTER_DB_PASSWORD"])
+    with own_databases() as (names, passwords):
+        for name, password in passwords.items():
+            monkeypatch.setenv(name, password)
         yield names
-    finally:
-        with psycopg.connect(server, autocommit=True) as connection:
-            for own in names.values():
-                connection.execute(
-                    sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(own))
-                )
-                connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(own)))
 
 
 def test_no_role_reads_the_database_of_another(databases: dict[str, str]) -> None:
@@ -410,3 +397,159 @@ def test_the_instance_is_the_projects_but_for_where_it_is_stored() -> None:
     stores = {"storage", "run_storage", "event_log_storage", "schedule_storage", "run_launcher"}
     left = [{k: v for k, v in each.items() if k not in stores} for each in (ours, projects)]
     assert left[0] == left[1]
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with the headers it was asked with."""
+
+    def do_GET(self) -> None:
+        said = json.dumps(dict(self.headers.items())).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def fetched(port: int, authorization: str | None = None) -> tuple[int, dict[str, str]]:
+    """Status, and the headers that came through."""
+    request = urllib.request.Request(f"http://{HOST}:{port}/")
+    if authorization:
+        request.add_header("Authorization", authorization)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, {}
+
+
+SITES = ("DAGSTER", "REPORTS", "PROMETHEUS", "ALERTMANAGER", "MLFLOW", "GRAFANA", "SERVICE")
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Generator[dict[str, int]]:
+    """The proxy as compose starts it, before a server that tells what it was asked; its ports."""
+    tool("caddy")
+    ports = {site: free_port() for site in SITES}
+    with ThreadingHTTPServer((HOST, 0), Echo) as behind:
+        threading.Thread(target=behind.serve_forever, daemon=True).start()
+        text = (COMPOSE / "Caddyfile").read_text()
+        upstream = r"\b(webserver|reports|prometheus|alertmanager|mlflow|grafana|service):\d+"
+        text = re.sub(upstream, f"{HOST}:{behind.server_port}", text)
+        text = text.replace("http://:8080", f"http://{HOST}:{free_port()}")
+        (tmp_path / "Caddyfile").write_text(text)
+        given = SERVICES["proxy"]["environment"]
+        given = given | {"PROXY_USER": "ada", "PROXY_PASSWORD": "p-w", "PROXY_TOKEN": "t-k"}
+        given |= {f"{site}_SITE": f"http://{HOST}:{port}" for site, port in ports.items()}
+        given |= {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+        given["PATH"] = f"{Path(tool('caddy')).parent}:{os.environ['PATH']}"
+        script = SERVICES["proxy"]["command"][-1].replace("$$", "$")
+        script = script.replace("/etc/caddy/Caddyfile", str(tmp_path / "Caddyfile"))
+        said = tmp_path / "said"
+        with said.open("wb") as sink:
+            process = subprocess.Popen(
+                ["sh", "-ec", script], env=given, stdout=sink, stderr=sink, cwd=tmp_path
+            )
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    assert fetched(ports["GRAFANA"])[0] == 200
+                    break
+                except urllib.error.URLError:
+                    assert process.poll() is None, said.read_text()
+                    assert time.monotonic() < deadline, said.read_text()
+                    time.sleep(0.05)
+            yield ports
+        finally:
+            process.terminate()
+            process.wait()
+            behind.shutdown()
+
+
+def test_nobody_comes_past_the_proxy_without_a_login(proxy: dict[str, int]) -> None:
+    def basic(user: str, password: str) -> str:
+        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    for site in ("DAGSTER", "REPORTS", "PROMETHEUS", "ALERTMANAGER"):
+        for refused in (None, "Bearer t-x", "Bearer "):
+            assert fetched(proxy[site], refused)[0] == 401, (site, refused)
+        status, came = fetched(proxy[site], "Bearer t-k")
+        assert status == 200
+        assert "Authorization" not in came
+    assert fetched(proxy["DAGSTER"], basic("ada", "p-w"))[0] == 200
+    # A hash takes its time, on purpose.
+    for refused in (basic("ada", "p-x"), basic("bob", "p-w")):
+        assert fetched(proxy["DAGSTER"], refused)[0] == 401
+    # These ask themselves, and need to see what they were given.
+    for site in ("MLFLOW", "GRAFANA", "SERVICE"):
+        assert fetched(proxy[site], "Bearer own")[1]["Authorization"] == "Bearer own"
+
+
+def test_redis_wants_the_password_and_shows_it_nobody(tmp_path: Path) -> None:
+    import redis
+
+    tool("redis-server")
+    port, service = free_port(), SERVICES["redis"]
+    script = service["command"][-1].replace("$$", "$")
+    script = script.replace("/tmp/redis.conf", f"{tmp_path}/redis.conf").replace(
+        "dir /data\\n", f"dir {tmp_path}\\nbind {HOST}\\nport {port}\\n"
+    )
+    given = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "p-w", "REDISCLI_AUTH": ""}
+    process = subprocess.Popen(["sh", "-ec", script], env=given, stdout=subprocess.DEVNULL)
+    try:
+        ping = service["healthcheck"]["test"][1].replace("$$", "$")
+        ping = ping.replace("redis-cli", f"redis-cli -p {port}")
+        deadline = time.monotonic() + 30
+        while subprocess.run(["sh", "-c", ping], env=given).returncode:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert stat.S_IMODE((tmp_path / "redis.conf").stat().st_mode) == 0o600
+        assert b"p-w" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert subprocess.run(["sh", "-c", ping], env=given | {"REDIS_PASSWORD": "x"}).returncode
+        with redis.Redis(HOST, port) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_healthcheck_waits_for_an_answer_only_once_there_is_one_to_expect(
+    tmp_path: Path,
+) -> None:
+    def health(url: str, *more: str) -> int:
+        return said_by(sys.executable, COMPOSE / "answers.py", url, *more).returncode
+
+    there = tmp_path / "current.json"
+    nowhere = f"http://{HOST}:{free_port()}/"
+    assert health(nowhere) == 1
+    assert health(nowhere, "--once", str(there)) == 0
+    there.touch()
+    assert health(nowhere, "--once", str(there)) == 1
+    with ThreadingHTTPServer((HOST, 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert health(f"http://{HOST}:{server.server_port}/", "--once", str(there)) == 0
+        server.shutdown()
+
+
+def test_buckets_are_made_where_they_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(HOST, free_port(), verbose=False)
+    server.start()
+    try:
+        given = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        given["AWS_DEFAULT_REGION"] = "us-east-1"
+        url = f"http://{HOST}:{server._port}"
+        command = [sys.executable, COMPOSE / "buckets.py", url, "lake", "mlflow"]
+        for said in ("made the bucket lake\nmade the bucket mlflow\n", ""):
+            done = said_by(*command, env=os.environ | given)
+            assert (done.returncode, done.stdout) == (0, said), done.stderr
+    finally:
+        server.stop()

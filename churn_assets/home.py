@@ -33,8 +33,14 @@ class Home:
         return self.root / "dagster"
 
     @property
+    def dagster_yaml(self) -> Path:
+        """What Dagster's instance is made of: the project's, or the file CHURN_DAGSTER_YAML names."""
+        named = os.environ.get("CHURN_DAGSTER_YAML")
+        return Path(named).expanduser().resolve() if named else PROJECT_ROOT / "dagster.yaml"
+
+    @property
     def lake(self) -> Path:
-        """Partitioned parquet."""
+        """Partitioned parquet, where the settings name no other place."""
         return self.root / "lake"
 
     @property
@@ -145,8 +151,15 @@ class Home:
     def prepare(self) -> None:
         """Make the folders, hand Dagster its configuration and point the libraries here.
 
-        Raises UserError when the home cannot be written.
+        Raises UserError when the home cannot be written, or Dagster's configuration not be read.
         """
+        try:
+            wanted = self.dagster_yaml.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.dagster_yaml} cannot be read ({error.strerror}); set CHURN_DAGSTER_YAML to "
+                "the dagster.yaml of this installation, or unset it"
+            ) from error
         folders = (
             self.dagster / "storage",
             self.lake,
@@ -160,7 +173,6 @@ class Home:
         try:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-            wanted = (PROJECT_ROOT / "dagster.yaml").read_bytes()
             target = self.dagster / "dagster.yaml"
             if not target.exists() or target.read_bytes() != wanted:
                 target.write_bytes(wanted)
@@ -194,8 +206,8 @@ class Home:
         }
 
     def has_data(self) -> bool:
-        """Whether any partition of the lake is there."""
-        return any(self.lake.glob("*/day=*"))
+        """Whether a run has begun to fill it: its own lake, or its records of one elsewhere."""
+        return any(self.lake.glob("*/day=*")) or any(self.records.glob("*/latest.json"))
 
     def claim(self, identity: str, *, anew: bool = False) -> None:
         """Write down what this home is for, and refuse another use of it once it has data.

@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import yaml
@@ -42,13 +43,17 @@ _SETTLED = {
 
 @dataclass(frozen=True)
 class Server:
-    """One process with a port; `variable` is the environment variable that moves the port."""
+    """One process with a port; `variable` is the environment variable that moves the port.
+
+    `instead` is the variable that may name one that runs already, by its http URL.
+    """
 
     name: str
     title: str
     variable: str
     default_port: int
     path: str = "/"
+    instead: str | None = None
 
     @property
     def port(self) -> int:
@@ -62,20 +67,34 @@ class Server:
     def url(self) -> str:
         """Where a person opens it: what CHURN_DAGSTER_PUBLIC_URL and its like say, or loopback."""
         public = os.environ.get(self.variable.replace("_PORT", "_PUBLIC_URL"))
-        return f"{(public or f'http://{HOST}:{self.port}').rstrip('/')}{self.path}"
+        found = public or self.elsewhere or f"http://{HOST}:{self.port}"
+        return f"{found.rstrip('/')}{self.path}"
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The URL of the one to use instead, without its user and password."""
+        parts = urlsplit(os.environ.get(self.instead, "") if self.instead else "")
+        if parts.scheme not in ("http", "https"):
+            return None
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 DAGSTER = Server("dagster", "Dagster UI", "CHURN_DAGSTER_PORT", 3000)
-MLFLOW = Server("mlflow", "MLflow UI", "CHURN_MLFLOW_PORT", 5000)
+MLFLOW = Server("mlflow", "MLflow UI", "CHURN_MLFLOW_PORT", 5000, instead="CHURN_MLFLOW_URI")
 SERVICE = Server("service", "Churn service", "CHURN_SERVICE_PORT", 3001)
 REPORTS = Server("reports", "Reports", "CHURN_REPORTS_PORT", 3002)
 SERVERS = (DAGSTER, MLFLOW, SERVICE, REPORTS)
 
 
+def started_here() -> list[Server]:
+    """Those `make up` starts: all but the ones that run elsewhere."""
+    return [server for server in SERVERS if server.elsewhere is None]
+
+
 def check_ports() -> None:
     """Raise UserError naming the first server whose port is taken, or wanted by another one."""
     taken: dict[int, Server] = {}
-    for server in SERVERS:
+    for server in started_here():
         if other := taken.get(server.port):
             raise UserError(
                 f"port {server.port} is wanted by the {other.title} and the {server.title}; "
@@ -102,7 +121,7 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
     """
     scripts = Path(sys.executable).parent
     workspace = str(_workspace(home))
-    return {
+    found = {
         "code": code_command(HOST, code_port),
         "dagster": [
             *(str(scripts / "dagster-webserver"), "-w", workspace),
@@ -112,7 +131,6 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
         "mlflow": [
             *(str(scripts / "mlflow"), "server", "--workers", "1"),
             *("--host", HOST, "--port", str(MLFLOW.port)),
-            *("--backend-store-uri", home.mlflow_uri),
             *("--artifacts-destination", str(home.mlflow_artifacts)),
             *("--uvicorn-opts", "--log-level warning"),
         ],
@@ -122,6 +140,8 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
             *(HOST, str(REPORTS.port), str(home.reports)),
         ],
     }
+    unneeded = {server.name for server in SERVERS} - {server.name for server in started_here()}
+    return {name: command for name, command in found.items() if name not in unneeded}
 
 
 def code_command(host: str, port: int) -> list[str]:
@@ -154,11 +174,13 @@ def run_all(home: Home, stop_timeout: float = STOP_TIMEOUT_S) -> int:
     check_ports()
     running: dict[str, subprocess.Popen] = {}
     with _stop_asked_for() as asked, _family(stop_timeout) as token:
-        environment = os.environ | home.environment() | _SETTLED | {MARKER: token}
+        # The store's URL may hold a password, which a command line would show to every user.
+        store = {"MLFLOW_BACKEND_STORE_URI": home.mlflow_uri}
+        environment = os.environ | home.environment() | _SETTLED | store | {MARKER: token}
         code_port = free_port()
         _write_workspace(home, code_port)
         waiting = commands(home, code_port)
-        silent = list(SERVERS)
+        silent = started_here()
         _say("up", "starting; Ctrl-C stops everything")
         while not asked:
             for name in [n for n in waiting if n not in NEEDS_CODE or _listens(code_port)]:

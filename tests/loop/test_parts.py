@@ -1,0 +1,246 @@
+"""The whole life on the parts a team already has: nothing stays in files that belongs to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import standalone
+from command import Done, churn, environment, write_config
+from conftest import MORE_DAYS
+from mlflow import MlflowClient
+from parts import ARTIFACTS, Parts, all_parts, database_url
+from test_up import get, processes_of, start, wait_for
+
+from churn_assets.contract.features import FEATURES
+from churn_assets.contract.logged import TABLE
+from churn_assets.data.engines import DuckDBSettings, SparkSettings, open_engine
+from churn_assets.data.features import refresh_features
+from churn_assets.data.lake import Lake, open_lake
+from churn_assets.data.prediction_log import PREDICTION_LOG
+from churn_assets.data.windows import Windows
+from churn_assets.lifecycle.lock import registry_lock
+from churn_assets.lifecycle.registry import read_registry
+from churn_assets.up import SERVERS, free_port
+
+pytestmark = pytest.mark.timeout(1500)
+
+FIRST, LAST = date(2024, 1, 1), date(2024, 8, 10)
+RAW = ("customers", "orders", "support_tickets", "logins")
+RUNS = """{ runsOrError(filter: {pipelineName: "training"}) { ... on Runs {
+  results { jobName status }
+} } }"""
+# What is open of alerts is the home's own, wherever the rest is.
+OF_THE_HOME = {"alerts/outbox.db"}
+
+
+@dataclass(frozen=True)
+class Lived:
+    """A shop's first run, a day of service under `churn up`, and a run of the day after.
+
+    answer: to a request by id alone. shown: of Dagster's UI. kept: the rows of the prediction log
+    before the second run. written: when a partition of the lake was, by its name, after the first.
+    """
+
+    parts: Parts
+    home: Path
+    first: Done
+    summary: dict[str, Any]
+    up: str
+    answer: dict[str, Any]
+    shown: dict[str, Any]
+    kept: int
+    written: dict[str, Any]
+    second: Done
+
+    @property
+    def lake(self) -> Lake:
+        return open_lake(self.parts.settings["lake"], self.parts.s3)
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Generator[Lived]:
+    folder = tmp_path_factory.mktemp("parts")
+    with all_parts(folder) as parts, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_"))]:
+            patch.delenv(name)
+        for name, value in parts.environment.items():
+            if name.startswith(("AWS_", "MLFLOW_")):
+                patch.setenv(name, value)
+        yield live(parts, folder)
+
+
+def live(parts: Parts, folder: Path) -> Lived:
+    home, document = folder / "home", {**MORE_DAYS, **parts.settings}
+    days = {"start": str(FIRST), "days": (LAST - FIRST).days}
+    config = write_config(folder / "churn.yaml", {**document, "calendar": days})
+    first = churn(home, config, timeout=600, **parts.environment)
+    assert first.code == 0, first
+    summary = json.loads((home / "run" / "summary.json").read_text())
+    written = written_at(open_lake(parts.settings["lake"], parts.s3))
+    log, customer = folder / "up.log", summary["prediction"]["request"]["customer_id"]
+    ports = {server.variable: str(free_port()) for server in SERVERS}
+    up = start(
+        ["-m", "churn_assets", "up"], environment(home, config, **parts.environment, **ports), log
+    )
+    try:
+        wait_for(lambda: get(up.url("service", "/health")), up)
+        answer = get(up.url("service", "/predict"), {"customer_id": customer})
+        wait_for(lambda: get(up.url("dagster", "/server_info")), up)
+        shown = get(up.url("dagster", "/graphql"), {"query": RUNS})
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(120) == 0, up.text()
+    finally:
+        for process in processes_of(home):
+            process.kill()
+    ((kept,),) = parts.query("churn", f"SELECT count(*) FROM {TABLE}")
+    days["days"] += 1
+    write_config(config, {**document, "calendar": days})
+    second = churn(home, config, timeout=600, **parts.environment)
+    return Lived(
+        parts,
+        home,
+        first,
+        summary,
+        up.text(),
+        json.loads(answer),
+        json.loads(shown),
+        kept,
+        written,
+        second,
+    )
+
+
+def written_at(lake: Lake) -> dict[str, Any]:
+    found = lake.filesystem.find(lake.base, detail=True)
+    return {name: about["LastModified"] for name, about in found.items() if "/day=" in name}
+
+
+def test_a_run_says_the_same_as_on_one_machine(lived: Lived) -> None:
+    assert lived.first.err == ""
+    assert f"MLflow {lived.parts.mlflow}/" in lived.first.out
+    assert lived.summary["registered"]["version"] == "1"
+    assert lived.summary["registered"]["stage"] == "Production"
+    assert lived.summary["days"] == [str(FIRST), str(LAST - timedelta(days=1))]
+
+
+def test_the_service_answers_by_id_from_redis_and_logs_to_postgres(lived: Lived) -> None:
+    asked = lived.summary["prediction"]
+    assert lived.answer["customer_id"] == asked["request"]["customer_id"]
+    expected = asked["response"]["churn_probability"]
+    assert lived.answer["churn_probability"] == pytest.approx(expected, abs=1e-6)
+    assert lived.answer["cutoff"] == f"{LAST}T00:00:00Z"
+    assert lived.answer["stale"] is False
+    assert lived.kept == 1
+
+
+def test_up_starts_no_mlflow_of_its_own_where_there_is_one(lived: Lived) -> None:
+    assert "Traceback" not in lived.up
+    assert "mlflow  |" not in lived.up
+    assert f"MLflow UI      {lived.parts.mlflow}/" in lived.up
+    runs = lived.shown["data"]["runsOrError"]["results"]
+    assert runs == [{"jobName": "training", "status": "SUCCESS"}]
+
+
+def test_the_next_run_finds_everything(lived: Lived) -> None:
+    assert lived.second.code == 0, lived.second
+    assert lived.second.err == ""
+    assert "model       version 2, " in lived.second.out
+    lake = lived.lake
+    for table in (*RAW, "customer_features"):
+        assert lake.days(table)[-1] == LAST
+    now = written_at(lake)
+    assert {name: now[name] for name in lived.written} == lived.written
+    assert lake.row_counts(PREDICTION_LOG) != {}
+    assert sum(lake.row_counts(PREDICTION_LOG).values()) == lived.kept
+    assert lived.parts.query("churn", f"SELECT count(*) FROM {TABLE}") == [(0,)]
+
+
+def test_everything_is_in_the_servers(lived: Lived) -> None:
+    parts, lake = lived.parts, lived.lake
+    runs = parts.query("dagster", "SELECT pipeline_name FROM runs WHERE status = 'SUCCESS'")
+    assert [name for (name,) in runs].count("training") == 2
+    ((events,),) = parts.query("dagster", "SELECT count(*) FROM event_logs")
+    assert events > 1000
+    assert parts.query("mlflow", "SELECT version FROM model_versions ORDER BY 1") == [(1,), (2,)]
+    assert parts.query("mlflow", "SELECT username FROM users") == [("admin",)]
+    assert parts.query("churn", "SELECT feature_view_name FROM feature_views") == [
+        ("customer_features",)
+    ]
+    for table in RAW:
+        assert len(lake.days(table)) == (LAST - FIRST).days + 1
+    assert lake.filesystem.find(f"{ARTIFACTS}/")
+    from redis import Redis
+
+    with Redis.from_url(parts.redis) as redis:
+        assert redis.dbsize() > 0
+
+
+def test_nothing_of_it_is_in_files(lived: Lived) -> None:
+    home = lived.home
+    files = {str(path.relative_to(home)): path for path in home.rglob("*") if path.is_file()}
+    databases = {
+        name for name, path in files.items() if path.read_bytes()[:15] == b"SQLite format 3"
+    }
+    assert databases <= OF_THE_HOME
+    for folder in ("lake", "mlartifacts", "feast", "serving/log"):
+        assert not [name for name in files if name.startswith(f"{folder}/")], folder
+    assert not [path for path in home.rglob("*") if "mlruns" in path.name]
+
+
+def test_no_password_is_in_what_is_left(lived: Lived) -> None:
+    said = lived.first.out + lived.second.out + lived.second.err + lived.up
+    stored = b"".join(path.read_bytes() for path in lived.home.rglob("*") if path.is_file())
+    (events,) = lived.parts.query("dagster", "SELECT string_agg(event, '') FROM event_logs")
+    (runs,) = lived.parts.query("dagster", "SELECT string_agg(run_body, '') FROM runs")
+    for secret in lived.parts.secrets:
+        assert secret not in said
+        assert secret.encode() not in stored
+        assert secret not in events[0] + runs[0]
+
+
+def test_mlflow_asks_who_one_is(lived: Lived) -> None:
+    url = f"{lived.parts.mlflow}/api/2.0/mlflow/experiments/get?experiment_id=1"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(url)
+
+
+def test_the_registry_is_the_same_behind_its_server_and_in_its_database(lived: Lived) -> None:
+    parts = lived.parts
+    store = database_url(parts.postgres, parts.databases["mlflow"], "unneeded")
+    direct, served = MlflowClient(store), MlflowClient(parts.mlflow)
+    there = read_registry(served, "churn")
+    assert there.faults() == []
+    assert read_registry(direct, "churn") == there
+    with registry_lock(direct, "churn", wait_s=5) as check:
+        check()
+
+
+def test_spark_makes_the_same_features_of_a_copy_in_a_folder(
+    lived: Lived, tmp_path: Path
+) -> None:
+    there, here = lived.lake, Lake(str(tmp_path / "lake"))
+    for table in RAW:
+        there.filesystem.get(f"{there.base}/{table}", f"{tmp_path}/lake/{table}", recursive=True)
+    since = LAST - timedelta(days=1)
+    with (
+        standalone(tmp_path, workers=1) as master,
+        open_engine(
+            "spark", DuckDBSettings(), SparkSettings(master=master), tmp_path / "spill"
+        ) as con,
+    ):
+        refresh_features(here, con, FEATURES, RAW, since, LAST, Windows(), data_start=FIRST)
+    for day in (since, LAST):
+        ours, theirs = (lake.read("customer_features", day, day) for lake in (here, there))
+        by_id = [("customer_id", "ascending")]
+        assert ours.num_rows > 100
+        assert ours.sort_by(by_id).equals(theirs.sort_by(by_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,8 +31,8 @@ from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
 from churn_assets.defs.weekly import REASON, trained_in, week_of, week_tags
 from churn_assets.errors import UserError
-from churn_assets.home import Home
-from churn_assets.lifecycle.experiments import Ending, reconcile
+from churn_assets.home import PROJECT_ROOT, Home
+from churn_assets.lifecycle.experiments import Ending, reconcile, require_store
 from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import DeploymentRecord
 from churn_assets.lifecycle.registry import read_registry
@@ -187,6 +188,32 @@ def failed_checks(launcher: Launcher, asset: str) -> list[str]:
     ]
 
 
+def open_dagster(how: Callable[[], DagsterInstance]) -> DagsterInstance:
+    """Dagster's instance, opened as `how` does.
+
+    Raises UserError when its storage is elsewhere and cannot be had.
+    """
+    try:
+        return how()
+    except Exception as error:
+        configured = Home.from_environment().dagster_yaml
+        # Of the project's own configuration it is no matter of a person's.
+        if configured == PROJECT_ROOT / "dagster.yaml":
+            raise
+        raise UserError(
+            f"Dagster's storage cannot be had ({_reason(error)}); check {configured}, what it "
+            "reads from the environment, and its server"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says why, of errors that have others for their cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    unset = re.search(r'environment variable "(\w+)" which is not set', str(error))
+    return f"{unset[1]} is not set" if unset else str(error).strip().partition("\n")[0]
+
+
 def close_dead_runs(instance: DagsterInstance) -> list[str]:
     """Fail the runs an earlier `make run` left behind when it was killed; returns their ids.
 
@@ -206,7 +233,7 @@ def close_dead_server_runs(
     Dagster does not see that their processes are gone, and nothing that must wait for them would
     ever start. Only safe before the servers of this home do.
     """
-    with DagsterInstance.get() as instance:
+    with open_dagster(DagsterInstance.get) as instance:
         executing = instance.get_runs(RunsFilter(statuses=EXECUTING))
         dead = [run for run in executing if not LAUNCHER.items() <= run.tags.items()]
         for run in dead:
@@ -216,7 +243,7 @@ def close_dead_server_runs(
 
 def reconcile_mlflow(home: Home) -> dict[str, Ending]:
     """Give the MLflow runs of this home the endings of their Dagster runs; returns what changed."""
-    with DagsterInstance.get() as instance:
+    with open_dagster(DagsterInstance.get) as instance:
         return _reconcile(Project.of(home), instance)
 
 
@@ -405,8 +432,13 @@ def _launching(home: Home, *, alone: bool = True) -> Generator[Launcher]:
     from churn_assets.definitions import defs
 
     project = Project.of(home)
+    if "CHURN_MLFLOW_URI" in os.environ:
+        require_store(project.mlflow_client())
     reference = InstanceRef.from_dir(str(home.dagster), overrides=NO_CAPTURE)
-    with DagsterInstance.from_ref(reference) as instance, watch_interrupts() as interrupted:
+    with (
+        open_dagster(lambda: DagsterInstance.from_ref(reference)) as instance,
+        watch_interrupts() as interrupted,
+    ):
         if alone and close_dead_runs(instance):
             _reconcile(project, instance)
         yield Launcher(defs, instance, project, interrupted)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from churn_assets.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,6 +82,21 @@ def environment_tags(root: Path) -> dict[str, str]:
         "python_version": platform.python_version(),
         "accelerator": accelerator(),
     }
+
+
+def require_store(client: MlflowClient) -> None:
+    """Raise UserError when the store of `client` does not answer, or not to this user."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = re.sub(r"//[^/@\s]+@", "//", str(error).strip().partition("\n")[0])
+        raise UserError(
+            f"MLflow cannot be asked ({reason}); check CHURN_MLFLOW_URI and, for a server with a "
+            "login, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        ) from error
 
 
 def ensure_experiment(client: MlflowClient, artifacts: Path) -> str:

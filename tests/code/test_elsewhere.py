@@ -84,3 +84,48 @@ def test_a_home_whose_lake_is_elsewhere_is_of_one_source(home: Home) -> None:
     assert home.has_data()
     with pytest.raises(UserError, match="another source"):
         home.claim("one")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "told"),
+    [
+        (
+            "run_storage: {module: dagster._core.storage.runs, class: SqliteRunStorage, "
+            "config: {base_dir: {env: CHURN_TEST_UNSET}}}",
+            "CHURN_TEST_UNSET is not set",
+        ),
+        (
+            "run_storage: {module: no_such_module, class: Storage, config: {}}",
+            "Couldn't import module no_such_module",
+        ),
+    ],
+)
+def test_a_storage_that_cannot_be_had_is_said(
+    yaml: str, told: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagster import DagsterInstance
+
+    from churn_assets.defs.launch import open_dagster
+
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml)
+    monkeypatch.setenv("CHURN_DAGSTER_YAML", str(mine))
+    home.prepare()
+    with pytest.raises(UserError, match=rf"{told}.*; check .*mine\.yaml"):
+        open_dagster(DagsterInstance.get)
+    # What is the project's own matter is not said to be a person's.
+    monkeypatch.delenv("CHURN_DAGSTER_YAML")
+    with pytest.raises(Exception, match="CHURN_TEST_UNSET|no_such_module") as error:
+        open_dagster(DagsterInstance.get)
+    assert not isinstance(error.value, UserError)
+
+
+def test_an_mlflow_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from churn_assets.lifecycle.experiments import require_store
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="check CHURN_MLFLOW_URI") as error:
+        require_store(MlflowClient("http://ada:t0psecret@127.0.0.1:9"))
+    assert "t0psecret" not in str(error.value)

@@ -146,7 +146,7 @@ def databases(server: str, passwords: Mapping[str, str]) -> Generator[dict[str, 
     from psycopg import sql
 
     suffix = secrets.token_hex(4)
-    names = {role: f"{role}_{suffix}" for role in passwords}
+    names = {role: f"parts_{role}_{suffix}" for role in passwords}
 
     def run(connection: psycopg.Connection, statement: str, name: str, *more: Any) -> None:
         connection.execute(sql.SQL(statement).format(sql.Identifier(name), *more))

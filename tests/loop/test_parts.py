@@ -7,7 +7,7 @@ import os
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from cluster import standalone
 from command import Done, churn, environment, write_config
-from conftest import MORE_DAYS
 from mlflow import MlflowClient
 from parts import ARTIFACTS, Parts, all_parts, database_url
 from test_up import get, processes_of, start, wait_for
@@ -34,7 +33,25 @@ from churn_assets.up import SERVERS, free_port
 
 pytestmark = pytest.mark.timeout(1500)
 
-FIRST, LAST = date(2024, 1, 1), date(2024, 8, 10)
+# Small windows and few customers: what comes of the servers is the same, in half the time.
+SHOP: Mapping[str, Any] = {
+    "source": {"kind": "shop", "shop": {"customers": 400}},
+    "windows": {"activity_days": 60, "horizon_days": 10},
+    "data_gate": {"min_rows": 200},
+    "training": {"families": ["logistic_regression"], "trials": 2},
+    "promotion": {"mode": "automatic", "margin": 0.5},
+    "quality_gates": {
+        "accuracy": 0.5,
+        "auc": 0.5,
+        "p95_latency_ms": 60_000,
+        "calibration_error": 0.5,
+        "segment_auc": 0.0,
+        "auc_over_recency": -0.5,
+        "log_loss_over_production": 5.0,
+    },
+}
+# The second run brings in the last of these days.
+FIRST, LAST = date(2024, 1, 1), date(2024, 5, 10)
 RAW = ("customers", "orders", "support_tickets", "logins")
 RUNS = """{ runsOrError(filter: {pipelineName: "training"}) { ... on Runs {
   results { jobName status }
@@ -80,10 +97,10 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Generator[Lived]:
 
 
 def live(parts: Parts, folder: Path) -> Lived:
-    home, document = folder / "home", {**MORE_DAYS, **parts.settings}
+    home, document = folder / "home", {**SHOP, **parts.settings}
     days = {"start": str(FIRST), "days": (LAST - FIRST).days}
     config = write_config(folder / "churn.yaml", {**document, "calendar": days})
-    first = churn(home, config, timeout=600, **parts.environment)
+    first = churn(home, config, timeout=900, **parts.environment)
     assert first.code == 0, first
     summary = json.loads((home / "run" / "summary.json").read_text())
     written = written_at(open_lake(parts.settings["lake"], parts.s3))
@@ -105,7 +122,7 @@ def live(parts: Parts, folder: Path) -> Lived:
     ((kept,),) = parts.query("churn", f"SELECT count(*) FROM {TABLE}")
     days["days"] += 1
     write_config(config, {**document, "calendar": days})
-    second = churn(home, config, timeout=600, **parts.environment)
+    second = churn(home, config, timeout=900, **parts.environment)
     return Lived(
         parts,
         home,
@@ -225,9 +242,7 @@ def test_the_registry_is_the_same_behind_its_server_and_in_its_database(lived: L
         check()
 
 
-def test_spark_makes_the_same_features_of_a_copy_in_a_folder(
-    lived: Lived, tmp_path: Path
-) -> None:
+def test_spark_makes_the_same_features_of_a_copy_in_a_folder(lived: Lived, tmp_path: Path) -> None:
     there, here = lived.lake, Lake(str(tmp_path / "lake"))
     for table in RAW:
         there.filesystem.get(f"{there.base}/{table}", f"{tmp_path}/lake/{table}", recursive=True)
@@ -238,7 +253,9 @@ def test_spark_makes_the_same_features_of_a_copy_in_a_folder(
             "spark", DuckDBSettings(), SparkSettings(master=master), tmp_path / "spill"
         ) as con,
     ):
-        refresh_features(here, con, FEATURES, RAW, since, LAST, Windows(), data_start=FIRST)
+        refresh_features(
+            here, con, FEATURES, RAW, since, LAST, Windows(**SHOP["windows"]), data_start=FIRST
+        )
     for day in (since, LAST):
         ours, theirs = (lake.read("customer_features", day, day) for lake in (here, there))
         by_id = [("customer_id", "ascending")]

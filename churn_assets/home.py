@@ -34,7 +34,7 @@ class Home:
 
     @property
     def dagster_yaml(self) -> Path:
-        """What Dagster's instance is made of: the project's, or the file CHURN_DAGSTER_YAML names."""
+        """What Dagster's instance is made of: the project's, or what CHURN_DAGSTER_YAML names."""
         named = os.environ.get("CHURN_DAGSTER_YAML")
         return Path(named).expanduser().resolve() if named else PROJECT_ROOT / "dagster.yaml"
 

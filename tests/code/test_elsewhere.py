@@ -115,7 +115,7 @@ def test_a_storage_that_cannot_be_had_is_said(
         open_dagster(DagsterInstance.get)
     # What is the project's own matter is not said to be a person's.
     monkeypatch.delenv("CHURN_DAGSTER_YAML")
-    with pytest.raises(Exception, match="CHURN_TEST_UNSET|no_such_module") as error:
+    with pytest.raises(Exception, match=r"CHURN_TEST_UNSET|no_such_module") as error:
         open_dagster(DagsterInstance.get)
     assert not isinstance(error.value, UserError)
 

@@ -17,15 +17,15 @@ import pytest
 from cluster import standalone
 from command import Done, churn, environment, write_config
 from mlflow import MlflowClient
-from parts import ARTIFACTS, Parts, all_parts, database_url
+from parts import ARTIFACTS, PATIENCE_S, Parts, all_parts, database_url
 from test_up import get, processes_of, start, wait_for
 
 from churn_assets.contract.features import FEATURES
 from churn_assets.contract.logged import TABLE
 from churn_assets.data.engines import DuckDBSettings, SparkSettings, open_engine
-from churn_assets.data.features import refresh_features
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.prediction_log import PREDICTION_LOG
+from churn_assets.data.refresh import refresh_features
 from churn_assets.data.windows import Windows
 from churn_assets.lifecycle.lock import registry_lock
 from churn_assets.lifecycle.registry import read_registry
@@ -52,6 +52,7 @@ SHOP: Mapping[str, Any] = {
 }
 # The second run brings in the last of these days.
 FIRST, LAST = date(2024, 1, 1), date(2024, 5, 10)
+DAY = timedelta(days=1)
 RAW = ("customers", "orders", "support_tickets", "logins")
 RUNS = """{ runsOrError(filter: {pipelineName: "training"}) { ... on Runs {
   results { jobName status }
@@ -97,32 +98,37 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Generator[Lived]:
 
 
 def live(parts: Parts, folder: Path) -> Lived:
-    home, document = folder / "home", {**SHOP, **parts.settings}
-    days = {"start": str(FIRST), "days": (LAST - FIRST).days}
-    config = write_config(folder / "churn.yaml", {**document, "calendar": days})
-    first = churn(home, config, timeout=900, **parts.environment)
+    config = configured(parts, folder, LAST - DAY)
+    first = churn(folder / "home", config, timeout=PATIENCE_S, **parts.environment)
     assert first.code == 0, first
+    return go_on(parts, folder, first)
+
+
+def go_on(parts: Parts, folder: Path, first: Done) -> Lived:
+    """A day of service after the first run, and the run of the day after."""
+    home, config = folder / "home", configured(parts, folder, LAST - DAY)
     summary = json.loads((home / "run" / "summary.json").read_text())
     written = written_at(open_lake(parts.settings["lake"], parts.s3))
-    log, customer = folder / "up.log", summary["prediction"]["request"]["customer_id"]
     ports = {server.variable: str(free_port()) for server in SERVERS}
     up = start(
-        ["-m", "churn_assets", "up"], environment(home, config, **parts.environment, **ports), log
+        ["-m", "churn_assets", "up"],
+        environment(home, config, **parts.environment, **ports),
+        folder / "up.log",
     )
     try:
-        wait_for(lambda: get(up.url("service", "/health")), up)
+        wait_for(lambda: get(up.url("service", "/health")), up, patience_s=PATIENCE_S)
+        customer = summary["prediction"]["request"]["customer_id"]
         answer = get(up.url("service", "/predict"), {"customer_id": customer})
-        wait_for(lambda: get(up.url("dagster", "/server_info")), up)
+        wait_for(lambda: get(up.url("dagster", "/server_info")), up, patience_s=PATIENCE_S)
         shown = get(up.url("dagster", "/graphql"), {"query": RUNS})
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(120) == 0, up.text()
+        assert up.process.wait(PATIENCE_S) == 0, up.text()
     finally:
         for process in processes_of(home):
             process.kill()
     ((kept,),) = parts.query("churn", f"SELECT count(*) FROM {TABLE}")
-    days["days"] += 1
-    write_config(config, {**document, "calendar": days})
-    second = churn(home, config, timeout=900, **parts.environment)
+    config = configured(parts, folder, LAST)
+    second = churn(home, config, timeout=PATIENCE_S, **parts.environment)
     return Lived(
         parts,
         home,
@@ -137,6 +143,11 @@ def live(parts: Parts, folder: Path) -> Lived:
     )
 
 
+def configured(parts: Parts, folder: Path, last: date) -> Path:
+    calendar = {"start": str(FIRST), "days": (last - FIRST).days + 1}
+    return write_config(folder / "churn.yaml", {**SHOP, **parts.settings, "calendar": calendar})
+
+
 def written_at(lake: Lake) -> dict[str, Any]:
     found = lake.filesystem.find(lake.base, detail=True)
     return {name: about["LastModified"] for name, about in found.items() if "/day=" in name}
@@ -147,7 +158,7 @@ def test_a_run_says_the_same_as_on_one_machine(lived: Lived) -> None:
     assert f"MLflow {lived.parts.mlflow}/" in lived.first.out
     assert lived.summary["registered"]["version"] == "1"
     assert lived.summary["registered"]["stage"] == "Production"
-    assert lived.summary["days"] == [str(FIRST), str(LAST - timedelta(days=1))]
+    assert lived.summary["days"] == [str(FIRST), str(LAST - DAY)]
 
 
 def test_the_service_answers_by_id_from_redis_and_logs_to_postgres(lived: Lived) -> None:
@@ -246,7 +257,7 @@ def test_spark_makes_the_same_features_of_a_copy_in_a_folder(lived: Lived, tmp_p
     there, here = lived.lake, Lake(str(tmp_path / "lake"))
     for table in RAW:
         there.filesystem.get(f"{there.base}/{table}", f"{tmp_path}/lake/{table}", recursive=True)
-    since = LAST - timedelta(days=1)
+    since = LAST - DAY
     with (
         standalone(tmp_path, workers=1) as master,
         open_engine(

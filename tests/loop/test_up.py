@@ -80,8 +80,10 @@ def start(program: list[str], environment: dict[str, str], log: Path) -> Up:
     return Up(process, log, ports)
 
 
-def wait_for(what: Callable[[], Any], up: Up, *, alive: bool = True) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
+def wait_for(
+    what: Callable[[], Any], up: Up, *, alive: bool = True, patience_s: float = PATIENCE_S
+) -> Any:
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         with suppress(OSError, urllib.error.URLError):
             if found := what():

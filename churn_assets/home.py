@@ -196,6 +196,8 @@ class Home:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            # A server would name its address at every run and trial that ends.
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             # A server that hangs is told of after two minutes, not after a quarter of an hour.
             "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": os.environ.get(

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,9 @@ def require_store(client: MlflowClient) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        client.search_experiments(max_results=1)
+        # What a first request imports shows the whole process deprecations of other libraries.
+        with warnings.catch_warnings():
+            client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = re.sub(r"//[^/@\s]+@", "//", str(error).strip().partition("\n")[0])
         raise UserError(

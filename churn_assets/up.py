@@ -182,6 +182,9 @@ def run_all(home: Home, stop_timeout: float = STOP_TIMEOUT_S) -> int:
         waiting = commands(home, code_port)
         silent = started_here()
         _say("up", "starting; Ctrl-C stops everything")
+        for server in SERVERS:
+            if server.elsewhere:
+                _say("up", f"{server.title:14} {server.url}")
         while not asked:
             for name in [n for n in waiting if n not in NEEDS_CODE or _listens(code_port)]:
                 running[name] = _start(name, waiting.pop(name), environment, mute=asked)

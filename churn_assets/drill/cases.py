@@ -141,7 +141,11 @@ def configuration(case: Case) -> dict[str, Any]:
             "new_label_days": 60,
             "persistence": 3 if case.every < 3 else 2,
         },
-        "serving_health": {"window_hours": min(24 * case.every, 168)},
+        "serving_health": {
+            "window_hours": min(24 * case.every, 168),
+            # Real time, of a machine that runs cases side by side; a slow release takes 200 ms.
+            "max_p95_latency_ms": 180,
+        },
         "performance": {"min_accuracy": 0.75},
         "drift": {"draw": "on_drift", "report_rows": 500},
         "schedules": {

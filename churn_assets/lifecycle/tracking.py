@@ -130,6 +130,8 @@ def log_trained_model(
             load_model_from_string(onnx),
             name="onnx",
             pip_requirements=[f"onnxruntime=={installed_version('onnxruntime')}"],
+            # MLflow would put large tensors into files beside the graph, which no digest is of.
+            save_as_external_data=False,
         )
     version = register_version(
         client,

@@ -39,8 +39,8 @@ CHALLENGER_MODEL = "challenger.onnx"
 CHALLENGER_GOLDEN = "challenger-golden.json"
 GOLDEN_TOLERANCE = 1e-5
 
-# ONNX Runtime's setting of where weights outside of the model's own bytes are looked for, and a place
-# that holds none: without it a model read from memory may load any file below the working directory.
+# ONNX Runtime's setting of where weights outside of a model's own bytes are looked for, and a place
+# that holds none: without it a model from memory may load any file below the working directory.
 NO_OUTSIDE_WEIGHTS = ("session.model_external_initializers_file_folder_path", "/dev/null")
 
 _MAX_TEXT_BYTES = 16 * 1024 * 1024

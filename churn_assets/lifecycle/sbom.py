@@ -1,4 +1,4 @@
-"""What the service installs, with the digests of the lock: what its software bill of materials says.
+"""What the service installs, with the digests of the lock: its software bill of materials.
 
 `python -m churn_assets.lifecycle.sbom requirements.lock` prints it as a requirements file, which
 `make sbom` hands to CycloneDX's own tool.

@@ -130,7 +130,7 @@ def test_code_beside_a_model_is_not_imported(folder: Path) -> None:
 
 def test_what_is_no_onnx_is_a_sentence(folder: Path) -> None:
     record: Any = SimpleNamespace(onnx_uri=str(folder), mlflow_run="r")
-    with pytest.raises(UserError, match="MLflow has no model.onnx"):
+    with pytest.raises(UserError, match=r"MLflow has no model\.onnx"):
         load_onnx(record, f"sqlite:///{folder.parent}/mlflow.db")
     (folder / MODEL).write_bytes(pickle.dumps(Harm()))
     with pytest.raises(UserError, match="the model of run r is damaged"):

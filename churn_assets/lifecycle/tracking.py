@@ -330,7 +330,7 @@ def _stored(uri: str, name: str, tracking_uri: str) -> Generator[Path]:
         with _quiet("mlflow"):
             found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
         path = Path(found) / name
-        if path.is_symlink() or not path.is_file():
+        if not path.is_file():
             raise UserError(f"MLflow has no {name} at {uri}; it was changed, train again")
         yield path
 

@@ -55,7 +55,7 @@ def test_a_token_is_not_taken_along_to_another_server() -> None:
             self.send_header("location", "/elsewhere")
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Says nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:

@@ -72,7 +72,7 @@ def become_a_pickle(folder: Path) -> None:
 def trust_whatever_is_asked(folder: Path) -> None:
     skops.io.dump(FunctionTransformer(os.mkdir), folder / SKLEARN_FILE)
     flavor = {"pickled_model": SKLEARN_FILE, "serialization_format": "skops"}
-    flavor["skops_trusted_types"] = ["posix.mkdir"]  # ty: ignore[invalid-assignment]
+    flavor["skops_trusted_types"] = ["posix.mkdir"]
     (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"sklearn": flavor}}))
 
 
@@ -85,18 +85,12 @@ def unpack_without_end(folder: Path) -> None:
         members.writestr("more.npy", b"\0" * (8 << 20))
 
 
-def link_elsewhere(folder: Path) -> None:
-    (folder / SKLEARN_FILE).rename(folder.parent / "elsewhere")
-    (folder / SKLEARN_FILE).symlink_to(folder.parent / "elsewhere")
-
-
 POISONS: list[tuple[Callable[[Path], object], str]] = [
     (become_a_pickle, "MLflow has no model.skops"),
     (lambda f: (f / SKLEARN_FILE).write_bytes(pickle.dumps(Harm())), "is damaged"),
     (trust_whatever_is_asked, "holds posix.mkdir"),
     (hold_a_tree, "holds sklearn.tree._tree.Tree"),
     (unpack_without_end, "unpacks to"),
-    (link_elsewhere, "MLflow has no model.skops"),
     (lambda f: os.truncate(f / SKLEARN_FILE, 300), "is damaged"),
 ]
 

@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 
 .PHONY: help env run up drill evidently image test test-drill test-image bench lint lint-workflows format \
-	lock clean
+	lock audit secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -78,6 +78,26 @@ format: env ## write the formatting and the safe fixes
 lock: env ## resolve pyproject.toml anew into requirements.lock
 	@$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade -o requirements.lock
+
+audit: env ## known vulnerabilities of what is locked; needs the network
+	@said=$$($(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+		-r requirements.lock 2>&1) && echo "$$said" || { echo "$$said"; \
+		if grep -q '^Found [0-9]* known' <<< "$$said"; then echo "error: raise what is named, then make lock"; \
+		else echo "error: not audited: the vulnerability service does not know a package or cannot be reached"; fi; \
+		exit 1; }
+
+secrets: env ## secrets in the files and in the history; works without a network
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline
+	@$(BIN)/python .ci/secrets_in_history.py
+
+sbom: env ## software bills of materials, CycloneDX: the environment's and the service's
+	@mkdir -p "$(CHURN_HOME)/sbom"
+	@$(BIN)/python -m churn_assets.lifecycle.sbom requirements.lock > "$(CHURN_HOME)/sbom/service.txt"
+	@$(BIN)/cyclonedx-py requirements --of JSON --output-reproducible \
+		-o "$(CHURN_HOME)/sbom/service.cdx.json" "$(CHURN_HOME)/sbom/service.txt"
+	@$(BIN)/cyclonedx-py requirements --of JSON --output-reproducible \
+		-o "$(CHURN_HOME)/sbom/environment.cdx.json" requirements.lock
+	@echo "$(CHURN_HOME)/sbom"
 
 clean: ## remove the environment and the default home
 	rm -rf $(VENV) var

@@ -282,6 +282,12 @@ def load_settings(path: str | Path | None = None) -> Settings:
         raise UserError(f"{chosen} cannot be read ({error}); check CHURN_CONFIG") from error
     except yaml.YAMLError as error:
         raise UserError(f"{chosen} is not valid YAML: {_yaml_problem(error)}") from error
+    except ValueError as error:
+        # PyYAML lets through what Python says of a date or a number that cannot be one.
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{chosen} has a value that is none: {reason}; correct it") from error
+    except RecursionError:
+        raise UserError(f"{chosen} is nested too deeply; write it as the examples are") from None
     if not isinstance(document, dict):
         raise UserError(
             f"{chosen} has no settings (keys and values); start from churn_assets/config/shop.yaml"

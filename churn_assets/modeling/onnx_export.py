@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from churn_assets.contract.release import NO_OUTSIDE_WEIGHTS
 from churn_assets.modeling.candidates import limited_threads
 
 INPUT_NAME = "features"
@@ -126,6 +127,7 @@ def predict_onnx(onnx: bytes, x: NDArray[Any], *, threads: int = 0) -> NDArray[n
     options.intra_op_num_threads = threads
     # Threads that wait without spinning leave the cores to whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*NO_OUTSIDE_WEIGHTS)
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     rows = np.ascontiguousarray(x, dtype=np.float32)
     output = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: rows})[0])
@@ -142,6 +144,7 @@ def session_latency(onnx: bytes, x: NDArray[Any], *, runs: int = 1000) -> dict[s
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry(*NO_OUTSIDE_WEIGHTS)
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     rows = np.ascontiguousarray(x, dtype=np.float32)
     times = []

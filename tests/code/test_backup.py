@@ -342,14 +342,14 @@ def test_a_restore_that_was_stopped_is_run_again(
 ) -> None:
     source = tmp_path / "b.tar"
     backed_up(home, settings, source)
-    before, move, moved = contents(home), shutil.move, 0
+    before, moved = contents(home), []
+    move = shutil.move
 
-    def and_stop(*arguments: str) -> object:
-        nonlocal moved
-        moved += 1
-        if moved == 6:
+    def and_stop(new: str, place: str) -> object:
+        moved.append(place)
+        if len(moved) == 6:
             raise KeyboardInterrupt
-        return move(*arguments)
+        return move(new, place)
 
     monkeypatch.setattr(restores.shutil, "move", and_stop)
     with pytest.raises(KeyboardInterrupt):

@@ -184,7 +184,8 @@ def test_a_home_comes_back_from_a_backup_at_another_place_and_goes_on(
     ]
     assert of_lake[0] == of_lake[1] != {}
     current = read_current(copy.home.current)
-    assert current == read_current(shop.home.current) is not None
+    assert current
+    assert current == read_current(shop.home.current)
     bento = bento_of_tag(current.bento, copy.home.bentoml)
     answered = ask_bento(bento, copy.home.bentoml, CUSTOMER).response
     served = shop.get("/predict", CUSTOMER)

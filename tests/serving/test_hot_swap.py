@@ -335,7 +335,8 @@ def a_folder(parts: Parts) -> tuple[str | None, str]:
 
 
 BAD = [damaged, wrong_golden, unknown_feature, unknown_format, missing, another_release,
-       another_version, outside, garbage, half_written, not_a_pointer, endless, deleted, a_folder]  # fmt: skip
+       another_version, outside, garbage, half_written, not_a_pointer, endless, deleted,
+       a_folder]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)

@@ -12,8 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up drill evidently image test test-drill test-image bench lint lint-workflows format \
-	lock audit secrets sbom clean
+.PHONY: help env run up drill backup restore upgrade evidently image test test-drill test-image \
+	bench lint lint-workflows format lock audit secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -41,6 +41,17 @@ up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 
 drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
 	@$(BIN)/churn drill $(CASES)
+
+backup: env ## all state of the home; TO=file.tar, file.tar.gz or a folder
+	@test -n "$(TO)" || { echo "error: say where the backup goes: make backup TO=file.tar"; exit 2; }
+	@$(BIN)/churn backup "$(TO)"
+
+restore: env ## the home from a backup; FROM=file.tar, REPLACE=1 in place of what is there
+	@test -n "$(FROM)" || { echo "error: name the backup: make restore FROM=file.tar"; exit 2; }
+	@$(BIN)/churn restore "$(FROM)" $(if $(REPLACE),--replace)
+
+upgrade: env ## a home of an older version to the formats of this one
+	@$(BIN)/churn upgrade
 
 evidently: env ## the drift reports in Evidently's own UI, http://127.0.0.1:8000; PORT= another
 	@DO_NOT_TRACK=1 $(BIN)/evidently ui --workspace "$(CHURN_HOME)/evidently" --host 127.0.0.1 \

@@ -29,6 +29,7 @@ from churn_assets.defs.sensors import SENSORS
 from churn_assets.home import Home
 
 HOME = Home.from_environment()
+HOME.check_format()
 
 defs = dg.Definitions(
     assets=[

@@ -143,8 +143,9 @@ def configuration(case: Case) -> dict[str, Any]:
         },
         "serving_health": {
             "window_hours": min(24 * case.every, 168),
-            # Real time, of a machine that runs cases side by side; a slow release takes 200 ms.
-            "max_p95_latency_ms": 180,
+            # Real time, of a machine that runs cases side by side. A slow release takes 200 ms and
+            # more; elsewhere a busy machine is not what is drilled.
+            "max_p95_latency_ms": 180 if case.sabotage == "slow" else 5000,
         },
         "performance": {"min_accuracy": 0.75},
         "drift": {"draw": "on_drift", "report_rows": 500},

@@ -80,7 +80,7 @@ def test_the_code_server_closes_what_an_earlier_one_left_and_ends_when_told(
             command, env=environment, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not listens(port):
                 assert server.poll() is None
                 assert time.monotonic() < deadline

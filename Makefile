@@ -12,12 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up drill backup restore upgrade evidently image test test-drill test-image \
-	bench lint lint-workflows format lock audit secrets sbom clean
+.PHONY: help env run up secrets drill backup restore upgrade evidently image test test-drill \
+	test-image bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-		| awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 env: $(VENV)/.ready ## make the environment from requirements.lock
 
@@ -38,6 +38,10 @@ run: env ## materialize the whole graph and print what came out
 
 up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 	@$(BIN)/churn up
+
+secrets: ## the passwords of deploy/compose, made once
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no Python; install Python 3.11"; exit 1; }
+	@"$(PYTHON)" deploy/compose/make_secrets.py
 
 drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
 	@$(BIN)/churn drill $(CASES)
@@ -87,7 +91,7 @@ format: env ## write the formatting and the safe fixes
 	@$(BIN)/ruff format .
 
 lock: env ## resolve pyproject.toml anew into requirements.lock
-	@$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --group dev --extra platform --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade -o requirements.lock
 
 audit: env ## known vulnerabilities of what is locked; needs the network
@@ -97,7 +101,7 @@ audit: env ## known vulnerabilities of what is locked; needs the network
 		else echo "error: not audited: the vulnerability service does not know a package or cannot be reached"; fi; \
 		exit 1; }
 
-secrets: env ## secrets in the files and in the history; works without a network
+scan-secrets: env ## secrets in the files and in the history; works without a network
 	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline
 	@$(BIN)/python .ci/secrets_in_history.py
 

@@ -66,7 +66,8 @@ def test_the_code_server_closes_what_an_earlier_one_left_and_ends_when_told(
 
     home, port = Home(tmp_path / "home"), free_port()
     environment = os.environ | home.environment() | {"CHURN_CONFIG": ""}
-    (home.dagster / "storage").mkdir(parents=True)
+    with mock.patch.dict(os.environ):
+        home.prepare()
     instance_file = (PROJECT_ROOT / "dagster.yaml").read_text()
     storage = environment["CHURN_DAGSTER_STORAGE"]
     (home.dagster / "dagster.yaml").write_text(

@@ -56,6 +56,8 @@ def test_a_planted_secret_is_found(tmp_path: Path, planted: bool) -> None:
     # Put together here, or this file would be the one that is found.
     key = "AKIA" + "Z3QW7RT5YU2P4KLM" if planted else "${AWS_ACCESS_KEY_ID}"
     (tmp_path / "deploy.yaml").write_text(f"access: {key}\n")
+    # The hook asks git about its baseline.
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     hook = "from detect_secrets.pre_commit_hook import main; import sys; sys.exit(main())"
     baseline = ["--no-verify", "--baseline", str(ROOT / ".secrets.baseline")]
     command = [sys.executable, "-c", hook, *baseline, "deploy.yaml"]

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up drill evidently image test test-drill test-image bench lint lint-workflows format \
+.PHONY: help env run up secrets drill evidently image test test-drill test-image bench lint lint-workflows format \
 	lock clean
 
 help: ## list the commands
@@ -38,6 +38,10 @@ run: env ## materialize the whole graph and print what came out
 
 up: env ## Dagster, MLflow and the churn service together; Ctrl-C stops them
 	@$(BIN)/churn up
+
+secrets: ## the passwords of deploy/compose, made once
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no Python; install Python 3.11"; exit 1; }
+	@"$(PYTHON)" deploy/compose/make_secrets.py
 
 drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
 	@$(BIN)/churn drill $(CASES)
@@ -76,7 +80,7 @@ format: env ## write the formatting and the safe fixes
 	@$(BIN)/ruff format .
 
 lock: env ## resolve pyproject.toml anew into requirements.lock
-	@$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --group dev --extra platform --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade -o requirements.lock
 
 clean: ## remove the environment and the default home

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -106,11 +108,12 @@ def up() -> None:
 
 
 @cli.command()
-@click.option("--port", type=int, required=True, help="Port on 127.0.0.1.")
+@click.option("--port", type=int, required=True, help="Port it answers on.")
+@click.option("--host", help="Address of the interface it answers on. Default: 127.0.0.1.")
 @click.option(
     "--workers", type=click.IntRange(1, 256), help="Processes that answer. Default: as configured."
 )
-def serve(port: int, workers: int | None) -> None:
+def serve(port: int, host: str | None, workers: int | None) -> None:
     """Serve what is in Production, and what takes its place; waits until there is something."""
     from churn_assets.lifecycle.deployment import announced
     from churn_assets.lifecycle.serving import (
@@ -132,9 +135,42 @@ def serve(port: int, workers: int | None) -> None:
     online = OnlineStore(location, policy.max_age_hours, policy.when_stale)
     kept = policy.prediction_log.location(home.prediction_log)
     log = PredictionLog(kept, policy.prediction_log.durability, policy.prediction_log.when_broken)
-    check_port(port)
-    with announced(home, f"http://{HOST}:{port}"):
-        serve_current(home, port, online, log, workers=workers or policy.workers)
+    listen = host or HOST
+    check_port(port, listen)
+    # Where the settings name the service, nobody looks for it among the processes of this machine.
+    elsewhere = settings.deployment.local.url is not None
+    there = contextlib.nullcontext() if elsewhere else announced(home, f"http://{HOST}:{port}")
+    with there:
+        serve_current(home, port, online, log, workers=workers or policy.workers, listen=listen)
+
+
+@cli.command("code-server")
+@click.option("--port", type=click.IntRange(1, 65535), required=True, help="Port it answers on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address it answers on.")
+def code_server(port: int, host: str) -> None:
+    """Run the code location that Dagster's webserver and daemon ask, until it is stopped.
+
+    There is one of a home, as runs are processes of its own: those it finds to be running, from
+    before, are over, and are closed as failed.
+    """
+    from churn_assets.settings import load_settings
+    from churn_assets.up import code_command
+
+    home, settings = Home.from_environment(), load_settings()
+    home.prepare()
+    with home.exclusive("code-server"):
+        home.claim(settings.identity())
+        from churn_assets.defs.launch import close_dead_server_runs
+
+        for run_id in close_dead_server_runs("The code location that executed this run is gone."):
+            click.echo(f"closed run {run_id}, whose process is gone")
+        server = subprocess.Popen(code_command(host, port))
+        try:
+            sys.exit(server.wait())
+        except KeyboardInterrupt:
+            server.terminate()
+            server.wait()
+            sys.exit(0)
 
 
 @cli.command()

@@ -60,8 +60,9 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where a person opens it."""
-        return f"http://{HOST}:{self.port}{self.path}"
+        """Where a person opens it: what CHURN_DAGSTER_PUBLIC_URL and its like say, or loopback."""
+        public = os.environ.get(self.variable.replace("_PORT", "_PUBLIC_URL"))
+        return f"{(public or f'http://{HOST}:{self.port}').rstrip('/')}{self.path}"
 
 
 DAGSTER = Server("dagster", "Dagster UI", "CHURN_DAGSTER_PORT", 3000)
@@ -102,11 +103,7 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
     scripts = Path(sys.executable).parent
     workspace = str(_workspace(home))
     return {
-        "code": [
-            *(str(scripts / "dagster"), "api", "grpc", "--log-level", "warning"),
-            *("--module-name", "churn_assets.definitions", "--location-name", LOCATION),
-            *("--host", HOST, "--port", str(code_port)),
-        ],
+        "code": code_command(HOST, code_port),
         "dagster": [
             *(str(scripts / "dagster-webserver"), "-w", workspace),
             *("-h", HOST, "-p", str(DAGSTER.port), "--dagster-log-level", "warning"),
@@ -125,6 +122,15 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
             *(HOST, str(REPORTS.port), str(home.reports)),
         ],
     }
+
+
+def code_command(host: str, port: int) -> list[str]:
+    """The command line of the code server that answers on `port` of the interface `host`."""
+    return [
+        *(str(Path(sys.executable).parent / "dagster"), "api", "grpc", "--log-level", "warning"),
+        *("--module-name", "churn_assets.definitions", "--location-name", LOCATION),
+        *("--host", host, "--port", str(port)),
+    ]
 
 
 def _workspace(home: Home) -> Path:

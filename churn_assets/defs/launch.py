@@ -198,8 +198,10 @@ def close_dead_runs(instance: DagsterInstance) -> list[str]:
     return [run.run_id for run in dead]
 
 
-def close_dead_server_runs() -> list[str]:
-    """Fail the runs an earlier `make up` left behind when all of it was killed; returns their ids.
+def close_dead_server_runs(
+    why: str = "The `make up` that executed this run is gone.",
+) -> list[str]:
+    """Fail the runs an earlier code server left behind when it was killed; returns their ids.
 
     Dagster does not see that their processes are gone, and nothing that must wait for them would
     ever start. Only safe before the servers of this home do.
@@ -208,7 +210,7 @@ def close_dead_server_runs() -> list[str]:
         executing = instance.get_runs(RunsFilter(statuses=EXECUTING))
         dead = [run for run in executing if not LAUNCHER.items() <= run.tags.items()]
         for run in dead:
-            instance.report_run_failed(run, "The `make up` that executed this run is gone.")
+            instance.report_run_failed(run, why)
     return [run.run_id for run in dead]
 
 

@@ -63,7 +63,7 @@ def deploy(
         if newer := _superseded_by(record, home):
             return _record(record, settings, f"left alone: {newer} is in Production now", started)
         if settings.target == "local":
-            said, previous = _deploy_here(record, home, swap_timeout_s)
+            said, previous = _deploy_here(record, home, swap_timeout_s, settings.local.url)
             return _record(record, settings, said, started, previous=previous)
         image = _image(bento, settings.image)
         if settings.target == "docker":
@@ -120,27 +120,30 @@ def running_service(home: Home) -> Running | None:
         return None
 
 
-def _deploy_here(record: BentoRecord, home: Home, timeout: float) -> tuple[str, str | None]:
+def _deploy_here(
+    record: BentoRecord, home: Home, timeout: float, url: str | None
+) -> tuple[str, str | None]:
     """Wait until the service of this home, which follows the pointer, serves what is named there.
 
-    Returns a sentence, and the release that was served before. Raises UserError with the reason
-    when it is refused.
+    url: where it answers, when it is not a process of this machine. Returns a sentence, and the
+    release that was served before. Raises UserError with the reason when it is refused.
     """
     running = running_service(home)
-    if running is None:
+    if url is None and running is None:
         return "no service of this home is running; `make up` starts one with it", None
+    asked = url or (running.url if running else "")
     deadline = time.monotonic() + timeout
-    previous, health = None, ask_health(running.url)
+    previous, health = None, ask_health(asked)
     while not _serves(health, record):
         if health is not None:
             previous = previous or health.get("release_id")
             refused = health.get("release_refused") or {}
             if refused.get("release_id") == record.release_id:
                 raise UserError(
-                    f"the service at {running.url} refuses {record.release_id}: "
+                    f"the service at {asked} refuses {record.release_id}: "
                     f"{refused.get('reason')}; it goes on serving {previous}"
                 )
-        if running_service(home) != running:
+        if url is None and running_service(home) != running:
             return "the service of this home stopped; it starts with this release", previous
         if newer := _superseded_by(record, home):
             return f"left alone: {newer} is in Production now", previous
@@ -149,12 +152,12 @@ def _deploy_here(record: BentoRecord, home: Home, timeout: float) -> tuple[str, 
             if health is not None:
                 served = f"still serves {health.get('release_id')} as {health.get('bento')}"
             raise UserError(
-                f"after {timeout:.0f} s the service at {running.url} {served}, not "
+                f"after {timeout:.0f} s the service at {asked} {served}, not "
                 f"{record.release_id} as {record.tag}; its log says why"
             )
         time.sleep(POLL_S)
-        health = ask_health(running.url)
-    return f"{running.url} answers from it", previous
+        health = ask_health(asked)
+    return f"{asked} answers from it", previous
 
 
 def _serves(health: dict[str, Any] | None, record: BentoRecord) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -28,7 +29,12 @@ class CodeVersion:
 
 
 def code_version(root: Path) -> CodeVersion:
-    """The commit of `root`; both fields say `unknown` outside of a git checkout."""
+    """The commit of `root`; both fields say `unknown` outside of a git checkout.
+
+    An image has none, and is told by CHURN_COMMIT when it is built.
+    """
+    if commit := os.environ.get("CHURN_COMMIT"):
+        return CodeVersion(commit, "false")
     try:
         commit = _git(root, "rev-parse", "HEAD")
         dirty = str(bool(_git(root, "status", "--porcelain", "--untracked-files=no"))).lower()
@@ -76,13 +82,18 @@ def environment_tags(root: Path) -> dict[str, str]:
 
 
 def ensure_experiment(client: MlflowClient, artifacts: Path) -> str:
-    """The experiment's id; made with its artifacts under `artifacts` when it is not there yet."""
+    """The experiment's id; made with its artifacts under `artifacts` when it is not there yet.
+
+    A tracking server keeps them itself, where it was told to.
+    """
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         return experiment.experiment_id
     return client.create_experiment(
         EXPERIMENT,
-        artifact_location=artifacts.resolve().as_uri(),
+        artifact_location=(
+            None if client.tracking_uri.startswith("http") else artifacts.resolve().as_uri()
+        ),
         # MLflow's UI shows the experiment as one of models, not of language-model traces.
         tags={"mlflow.experimentKind": "custom_model_development"},
     )

@@ -207,10 +207,12 @@ def serve_current(
     log: PredictionLog | None = None,
     *,
     workers: int = 1,
+    listen: str = HOST,
 ) -> None:
     """Serve what the pointer of `home` names on `port`, in the foreground, and what it names next.
 
-    What it answers is kept in `log`, by default in the home.
+    What it answers is kept in `log`, by default in the home. `listen` is the address of the
+    interface it answers on.
 
     Waits until it names something. The service follows the pointer itself and swaps to another
     release between requests. A bento of other code is first started on a port of its own: one that
@@ -222,7 +224,7 @@ def serve_current(
     is taken or the service stops by itself.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    check_port(port)
+    check_port(port, listen)
     settings = {"CHURN_FOLLOW": str(home.current)} | with_workers(workers)
     log = log or PredictionLog(str(home.prediction_log))
     tag = _next_to_serve(home)
@@ -232,7 +234,14 @@ def serve_current(
             # A worker that is started again needs the code after its bento has been cleaned away.
             own = Path(shutil.copytree(path, Path(scratch) / path.name))
             with _running(
-                own, None, online, port, scratch=Path(scratch), log=log, environment=settings
+                own,
+                None,
+                online,
+                port,
+                scratch=Path(scratch),
+                log=log,
+                environment=settings,
+                listen=listen,
             ) as (process, url):
                 print(f"{tag} answers at {url}/predict", flush=True)
                 tag = _next_to_serve(home, tag, process)
@@ -475,12 +484,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_port(port: int) -> None:
-    """Raise UserError when `port` is taken."""
+def check_port(port: int, address: str = HOST) -> None:
+    """Raise UserError when `port` of the interface with `address` cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((address, port))
         except (OSError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a port"
             raise UserError(
@@ -511,15 +520,16 @@ def _running(
     sink: int | None = None,
     said: Path | None = None,
     start_timeout: float = START_TIMEOUT_S,
+    listen: str = HOST,
 ) -> Generator[tuple[subprocess.Popen, str]]:
     """`bentoml serve` as a process that ends with the block. All it writes goes to `scratch`.
 
     BentoML empties a folder of its home when it starts, so no two services share one.
     """
-    check_port(port)
+    check_port(port, listen)
     command = [sys.executable, "-c", _LAUNCH, "serve", str(directory)]
     process = subprocess.Popen(
-        [*command, "--host", HOST, "--port", str(port)],
+        [*command, "--host", listen, "--port", str(port)],
         cwd=scratch,
         env=_environment(directory, release_dir, online, log, scratch) | dict(environment or {}),
         stdin=subprocess.DEVNULL,

@@ -10,6 +10,19 @@ import msgspec
 Target = Literal["local", "docker", "kubernetes"]
 
 
+class LocalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the service of this home answers, when it is not a process of this machine.
+
+    url: such as http://service:3000, of another container that follows the pointer of this home.
+    """
+
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"deployment.local.url is {self.url!r}; give http://host:port")
+
+
 class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the container of a bento is built; its tag is the bento's.
 
@@ -88,6 +101,7 @@ class DeploymentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """Where what is in Production is deployed to, and how. See churn_assets/config/shop.yaml."""
 
     target: Target = "local"
+    local: LocalSettings = LocalSettings()
     image: ImageSettings = ImageSettings()
     docker: DockerSettings = DockerSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()

@@ -37,9 +37,11 @@ def make_secrets(compose: Path, target: Path) -> list[str]:
     before = target.read_text(encoding="utf-8") if target.exists() else ""
     missing = [name for name in required(compose.read_text("utf-8")) if name not in given(before)]
     if missing:
-        # An empty value would hide what is added here, or be hidden by it: it depends on the reader.
+        # Which of two lines of a name counts depends on the reader.
         empty = "|".join(missing)
-        kept = re.sub(rf"^\s*(?:export\s+)?(?:{empty})\s*=[ \t]*\n?", "", before, flags=re.MULTILINE)
+        kept = re.sub(
+            rf"^\s*(?:export\s+)?(?:{empty})\s*=[ \t]*\n?", "", before, flags=re.MULTILINE
+        )
         kept += "" if not kept or kept.endswith("\n") else "\n"
         made = "".join(f"{name}={secrets.token_urlsafe(BYTES)}\n" for name in missing)
         temporary = target.with_name(f"{target.name}-{secrets.token_hex(4)}")

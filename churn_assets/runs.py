@@ -1,4 +1,4 @@
-"""The settings of how Dagster executes a run: in one process, in several, or in pods of a cluster."""
+"""The settings of how Dagster executes a run: in a process, in several, or in pods of a cluster."""
 
 from __future__ import annotations
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.errors import UserError
 from churn_assets.runs import PodResources, RunSettings
+
+if TYPE_CHECKING:
+    from dagster._core.definitions.unresolved_asset_job_definition import (
+        UnresolvedAssetJobDefinition,
+    )
 
 # Where dagster-k8s looks for what a run's or a step's pod is to have.
 K8S_CONFIG = "dagster-k8s/config"
@@ -21,7 +26,7 @@ def pod_tags(job: str, runs: RunSettings = SETTINGS.runs) -> dict[str, Any]:
     return {K8S_CONFIG: _pod(pod)} if pod else {}
 
 
-def asset_job(name: str, *, tags: Mapping[str, Any], **rest: Any) -> Any:
+def asset_job(name: str, *, tags: Mapping[str, Any], **rest: Any) -> UnresolvedAssetJobDefinition:
     """`dagster.define_asset_job` of a job whose pods have the resources of the settings."""
     return dg.define_asset_job(name, tags={**tags, **pod_tags(name)}, **rest)
 

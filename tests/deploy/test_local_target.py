@@ -22,7 +22,7 @@ from churn_assets.lifecycle import deployment
 from churn_assets.lifecycle.deployment import Running, announced, deploy, running_service
 from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.records import BentoRecord
-from churn_assets.lifecycle.targets import DeploymentSettings
+from churn_assets.lifecycle.targets import DeploymentSettings, LocalSettings
 
 LOCAL = DeploymentSettings()
 
@@ -91,6 +91,20 @@ def test_the_running_service_is_waited_for(home: Home, service: Service) -> None
         again = deploy(record("v2"), home, LOCAL)
         assert again.previous is None
     assert "no service" in deploy(record("v2"), home, LOCAL).said
+
+
+def test_a_service_of_another_container_is_asked_where_the_settings_say(
+    home: Home, service: Service
+) -> None:
+    there = DeploymentSettings(local=LocalSettings(url=service.url))
+    service.says = [health("v1"), health("v2")]
+    done = deploy(record("v2"), home, there)
+    assert (done.said, done.previous) == (f"{service.url} answers from it", "v1")
+    service.says = [health("v1")]
+    with pytest.raises(UserError, match="still serves v1"):
+        deploy(record("v2"), home, there, swap_timeout_s=0.3)
+    with pytest.raises(ValueError, match=r"deployment\.local\.url is 'service:3000'"):
+        LocalSettings(url="service:3000")
 
 
 def test_what_the_service_refuses_fails(home: Home, service: Service) -> None:

@@ -254,6 +254,15 @@ def test_the_instance_is_that_of_the_project() -> None:
     assert budget["minAvailable"] == queue["maxConcurrentRuns"]
     assert daemon["runRetries"]["maxRetries"] == project["run_retries"]["max_retries"]
     assert VALUES["pythonLogs"]["pythonLogLevel"] == project["python_logs"]["python_log_level"]
+    compose = yaml.safe_load((PROJECT_ROOT / "deploy" / "compose" / "dagster.yaml").read_text())
+    theirs, ours = compose["storage"]["postgres"]["postgres_db"], VALUES["postgresql"]
+    assert (ours["postgresqlScheme"], ours["postgresqlDatabase"], ours["postgresqlUsername"]) == (
+        theirs["scheme"],
+        theirs["db_name"],
+        theirs["username"],
+    )
+    # What `churn` in a pod finds, which reads the file above.
+    assert ENVIRONMENT["CHURN_POSTGRES_HOST"] == ours["postgresqlHost"]
     for what in ("schedule", "sensor"):
         days = VALUES["retention"][what]["purgeAfterDays"]
         assert days == project["retention"][what]["purge_after_days"]

@@ -151,6 +151,20 @@ def serve(port: int, host: str | None, workers: int | None) -> None:
         serve_current(home, port, online, log, workers=workers or policy.workers, listen=listen)
 
 
+@cli.command()
+def prepare() -> None:
+    """Make the folders of the home and note which source it is for; nothing when that is done.
+
+    For a home that several containers share, before the first of them starts.
+    """
+    from churn_assets.settings import load_settings
+
+    home, settings = Home.from_environment(), load_settings()
+    home.prepare()
+    with home.exclusive("prepare"):
+        home.claim(settings.identity())
+
+
 @cli.command("code-server")
 @click.option("--port", type=click.IntRange(1, 65535), required=True, help="Port it answers on.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address it answers on.")

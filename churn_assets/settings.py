@@ -51,6 +51,7 @@ from churn_assets.monitoring.retraining import RetrainingPolicy
 from churn_assets.monitoring.rollback import WatchPolicy
 from churn_assets.monitoring.serving_health import ServingHealthPolicy
 from churn_assets.monitoring.treatment import TreatmentPolicy
+from churn_assets.runs import RunSettings
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -200,6 +201,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     performance: PerformancePolicy = PerformancePolicy()
     serving_health: ServingHealthPolicy = ServingHealthPolicy()
     schedules: Schedules = Schedules()
+    runs: RunSettings = RunSettings()
 
     @property
     def raw_tables(self) -> tuple[str, ...]:

@@ -252,3 +252,17 @@ def test_a_trial_needs_a_person(churn) -> None:
     code, _, err = churn("trial", "start", "4", "--who", "automatic policy")
     assert code == 2
     assert "is not a person" in err
+
+
+def test_a_shared_home_is_prepared_once_and_for_one_source(churn, tmp_path: Path) -> None:
+    home = Home.from_environment()
+    for _ in range(2):
+        assert churn("prepare") == (0, "", "")
+    assert (home.reports.is_dir(), home.releases.is_dir()) == (True, True)
+    assert json.loads((home.root / "source.json").read_text())["start"] == "2024-01-01"
+    (home.lake / "orders" / "day=2024-01-01").mkdir(parents=True)
+    other = tmp_path / "other.yaml"
+    other.write_text("source: {kind: shop}\ncalendar: {start: 2023-01-01}\n")
+    os.environ["CHURN_CONFIG"] = str(other)
+    code, _, err = churn("prepare")
+    assert (code, "holds the data of another source" in err) == (2, True)

@@ -46,7 +46,9 @@ query($run: ID!) {
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would take the token along to wherever it is sent."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
         """Follow none: what comes back is the error of its status."""
 
 

@@ -54,7 +54,7 @@ CASES = (
     Case("new_market", "new market", "new_market", days=90, every=3),
     Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=120, every=3),
     Case("sudden_shift", "sudden concept shift", "sudden_shift", days=90, every=3),
-    Case("bad_model", "bad model forced into production", days=24, sabotage="backwards"),
+    Case("bad_model", "bad model forced into production", days=30, sabotage="backwards"),
     Case("slow_release", "slow release", days=20, sabotage="slow"),
     Case("failing_release", "failing release", days=20, sabotage="failing"),
     Case(

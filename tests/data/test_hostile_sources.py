@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,9 +84,10 @@ def test_a_parquet_file_of_absurdly_many_rows_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "load_query", lambda *_: pytest.fail("it was loaded"))
-    text = pa.DictionaryArray.from_arrays(pa.array([0] * 1_500_000, pa.int8()), pa.array(["a"]))
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(8_000_000, np.int8)), pa.array(["a"]))
     path = tmp_path / "orders.parquet"
-    pq.write_table(pa.table(dict.fromkeys(COLUMNS.values(), text)), path)
+    rows = pa.table(dict.fromkeys(COLUMNS.values(), text))
+    pq.write_table(rows, path, row_group_size=len(text), data_page_size=1 << 30)
     with pytest.raises(UserError, match="more rows than"):
         read(str(path))
 

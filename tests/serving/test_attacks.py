@@ -122,8 +122,6 @@ def test_a_release_put_in_the_place_of_another_is_refused(
     (tmp_path / "releases" / wanted).symlink_to(other.directory)
     point_at(tmp_path / "current.json", Current("churn:x", wanted, "7", 1, NOON))
     follower = service.Follower(tmp_path / "current.json")
-    follower.first(service.Served(read_release(release.directory)))
-    follower._serving = "another"
     assert follower.look() is None
     assert f"where {wanted} should be" in follower.refused.reason
 

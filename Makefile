@@ -12,12 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up secrets drill evidently image test test-drill test-image bench lint lint-workflows format \
-	lock clean
+.PHONY: help env run up secrets drill backup restore upgrade evidently image test test-drill \
+	test-image bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-		| awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 env: $(VENV)/.ready ## make the environment from requirements.lock
 
@@ -45,6 +45,17 @@ secrets: ## the passwords of deploy/compose, made once
 
 drill: env ## months of a simulated shop, case by case; CASES="sudden_shift bad_model" runs these
 	@$(BIN)/churn drill $(CASES)
+
+backup: env ## all state of the home; TO=file.tar, file.tar.gz or a folder
+	@test -n "$(TO)" || { echo "error: say where the backup goes: make backup TO=file.tar"; exit 2; }
+	@$(BIN)/churn backup "$(TO)"
+
+restore: env ## the home from a backup; FROM=file.tar, REPLACE=1 in place of what is there
+	@test -n "$(FROM)" || { echo "error: name the backup: make restore FROM=file.tar"; exit 2; }
+	@$(BIN)/churn restore "$(FROM)" $(if $(REPLACE),--replace)
+
+upgrade: env ## a home of an older version to the formats of this one
+	@$(BIN)/churn upgrade
 
 evidently: env ## the drift reports in Evidently's own UI, http://127.0.0.1:8000; PORT= another
 	@DO_NOT_TRACK=1 $(BIN)/evidently ui --workspace "$(CHURN_HOME)/evidently" --host 127.0.0.1 \
@@ -82,6 +93,26 @@ format: env ## write the formatting and the safe fixes
 lock: env ## resolve pyproject.toml anew into requirements.lock
 	@$(BIN)/uv pip compile pyproject.toml --group dev --extra platform --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade -o requirements.lock
+
+audit: env ## known vulnerabilities of what is locked; needs the network
+	@said=$$($(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+		-r requirements.lock 2>&1) && echo "$$said" || { echo "$$said"; \
+		if grep -q '^Found [0-9]* known' <<< "$$said"; then echo "error: raise what is named, then make lock"; \
+		else echo "error: not audited: the vulnerability service does not know a package or cannot be reached"; fi; \
+		exit 1; }
+
+scan-secrets: env ## secrets in the files and in the history; works without a network
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline
+	@$(BIN)/python .ci/secrets_in_history.py
+
+sbom: env ## software bills of materials, CycloneDX: the environment's and the service's
+	@mkdir -p "$(CHURN_HOME)/sbom"
+	@$(BIN)/python -m churn_assets.lifecycle.sbom requirements.lock > "$(CHURN_HOME)/sbom/service.txt"
+	@$(BIN)/cyclonedx-py requirements --of JSON --output-reproducible \
+		-o "$(CHURN_HOME)/sbom/service.cdx.json" "$(CHURN_HOME)/sbom/service.txt"
+	@$(BIN)/cyclonedx-py requirements --of JSON --output-reproducible \
+		-o "$(CHURN_HOME)/sbom/environment.cdx.json" requirements.lock
+	@echo "$(CHURN_HOME)/sbom"
 
 clean: ## remove the environment and the default home
 	rm -rf $(VENV) var

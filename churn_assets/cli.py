@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from churn_assets.lifecycle.proposals import Proposal
 
 
+# They bring a home to the format of this code, or keep it as it is.
+_OF_ANY_FORMAT = ("backup", "restore", "upgrade")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """The life of a churn model: data, training, evaluation, registry, service, drift."""
+    if context.invoked_subcommand not in _OF_ANY_FORMAT:
+        Home.from_environment().check_format()
 
 
 @cli.command()
@@ -142,6 +149,20 @@ def serve(port: int, host: str | None, workers: int | None) -> None:
     there = contextlib.nullcontext() if elsewhere else announced(home, f"http://{HOST}:{port}")
     with there:
         serve_current(home, port, online, log, workers=workers or policy.workers, listen=listen)
+
+
+@cli.command()
+def prepare() -> None:
+    """Make the folders of the home and note which source it is for; nothing when that is done.
+
+    For a home that several containers share, before the first of them starts.
+    """
+    from churn_assets.settings import load_settings
+
+    home, settings = Home.from_environment(), load_settings()
+    home.prepare()
+    with home.exclusive("prepare"):
+        home.claim(settings.identity())
 
 
 @cli.command("code-server")
@@ -703,6 +724,61 @@ def _registry(home: Home) -> tuple[MlflowClient, str]:
     from mlflow import MlflowClient
 
     return MlflowClient(home.mlflow_uri), name
+
+
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+def backup(target: Path) -> None:
+    """Copy all state to TARGET: a .tar, .tar.gz or .tgz, or a folder. Nothing has to be stopped."""
+    from churn_assets.lifecycle.backup import back_up
+    from churn_assets.lifecycle.state_places import state_of
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    made = back_up(home, state_of(home, load_settings()), target, now=datetime.now(UTC))
+    click.echo("\n".join(made.lines()))
+    click.echo(f"{home.root} is backed up in {target}")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--replace", is_flag=True, help="Also where there is state, which goes.")
+def restore(source: Path, replace: bool) -> None:
+    """Bring the home back from SOURCE, which `churn backup` made; nothing may be using it."""
+    from churn_assets.lifecycle.restore import restore as bring_back
+    from churn_assets.lifecycle.state_places import state_of
+    from churn_assets.settings import load_settings
+
+    home = Home.from_environment()
+    made = bring_back(home, state_of(home, load_settings()), source, replace=replace)
+    click.echo("\n".join(made.lines()))
+    click.echo(f"{home.root} is as {made.home} was at {made.made_at:%Y-%m-%d %H:%M} UTC")
+
+
+@cli.command()
+@click.option(
+    "--backup",
+    "target",
+    type=click.Path(path_type=Path),
+    help="Where the backup goes. Default: beside the home.",
+)
+@click.option("--no-backup", is_flag=True, help="When you have made one.")
+def upgrade(target: Path | None, no_backup: bool) -> None:
+    """Bring a home of an older version to the formats of this one; backs it up first."""
+    from churn_assets.lifecycle.backup import back_up
+    from churn_assets.lifecycle.state_places import state_of
+    from churn_assets.lifecycle.upgrade import upgrade as bring_up
+    from churn_assets.settings import load_settings
+
+    home, now = Home.from_environment(), datetime.now(UTC)
+    state = state_of(home, load_settings())
+    kept = target or home.root.with_name(f"{home.root.name}-before-{now:%Y%m%dT%H%M%S}.tar")
+
+    def keep() -> None:
+        back_up(home, state, kept, now=now)
+        click.echo(f"backed up in {kept}")
+
+    bring_up(home, log=state.log, back_up=None if no_backup else keep, say=click.echo)
 
 
 @cli.command()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from churn_assets import home_format
 from churn_assets.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -148,11 +149,17 @@ class Home:
         """What `make run` printed, for a machine."""
         return self.root / "run" / "summary.json"
 
+    def check_format(self) -> None:
+        """Raise UserError unless this code may use the home as it is; one not made yet it may."""
+        home_format.check(self.root)
+
     def prepare(self) -> None:
         """Make the folders, hand Dagster its configuration and point the libraries here.
 
-        Raises UserError when the home cannot be written, or Dagster's configuration not be read.
+        Raises UserError when the home cannot be written or is of another format, or Dagster's
+        configuration cannot be read.
         """
+        marker = home_format.check(self.root)
         try:
             wanted = self.dagster_yaml.read_bytes()
         except OSError as error:
@@ -173,6 +180,9 @@ class Home:
         try:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
+            if marker is None:
+                # Before dagster.yaml, by which a home from before there was a marker is known.
+                home_format.write_marker(self.root, home_format.current_marker())
             target = self.dagster / "dagster.yaml"
             if not target.exists() or target.read_bytes() != wanted:
                 target.write_bytes(wanted)

@@ -51,6 +51,7 @@ from churn_assets.monitoring.retraining import RetrainingPolicy
 from churn_assets.monitoring.rollback import WatchPolicy
 from churn_assets.monitoring.serving_health import ServingHealthPolicy
 from churn_assets.monitoring.treatment import TreatmentPolicy
+from churn_assets.runs import RunSettings
 
 DEFAULT_CONFIG = Path(__file__).parent / "config" / "shop.yaml"
 
@@ -200,6 +201,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     performance: PerformancePolicy = PerformancePolicy()
     serving_health: ServingHealthPolicy = ServingHealthPolicy()
     schedules: Schedules = Schedules()
+    runs: RunSettings = RunSettings()
 
     @property
     def raw_tables(self) -> tuple[str, ...]:
@@ -282,6 +284,12 @@ def load_settings(path: str | Path | None = None) -> Settings:
         raise UserError(f"{chosen} cannot be read ({error}); check CHURN_CONFIG") from error
     except yaml.YAMLError as error:
         raise UserError(f"{chosen} is not valid YAML: {_yaml_problem(error)}") from error
+    except ValueError as error:
+        # PyYAML lets through what Python says of a date or a number that cannot be one.
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{chosen} has a value that is none: {reason}; correct it") from error
+    except RecursionError:
+        raise UserError(f"{chosen} is nested too deeply; write it as the examples are") from None
     if not isinstance(document, dict):
         raise UserError(
             f"{chosen} has no settings (keys and values); start from churn_assets/config/shop.yaml"

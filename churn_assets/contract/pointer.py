@@ -41,11 +41,16 @@ def decode_pointer(content: bytes) -> Current:
         raise ReleaseError(str(error)) from None
 
 
+def is_release_id(text: str) -> bool:
+    """Whether `text` can be the id of a release: a plain name, that leads to no other folder."""
+    return _RELEASE_ID.match(text) is not None
+
+
 def release_directory(pointer: Path, release_id: str) -> Path:
     """Where the release is that the pointer file at `pointer` names.
 
     Raises ReleaseError for an id that is not one: it never leads out of the folder of releases.
     """
-    if not _RELEASE_ID.match(release_id):
+    if not is_release_id(release_id):
         raise ReleaseError(f"{release_id[:100]!r} is not the id of a release")
     return pointer.parent / RELEASES / release_id

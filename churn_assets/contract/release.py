@@ -39,7 +39,13 @@ CHALLENGER_MODEL = "challenger.onnx"
 CHALLENGER_GOLDEN = "challenger-golden.json"
 GOLDEN_TOLERANCE = 1e-5
 
+# ONNX Runtime's setting of where weights outside of a model's own bytes are looked for, and a place
+# that holds none: without it a model from memory may load any file below the working directory.
+NO_OUTSIDE_WEIGHTS = ("session.model_external_initializers_file_folder_path", "/dev/null")
+
 _MAX_TEXT_BYTES = 16 * 1024 * 1024
+# A protobuf message, which a model is, cannot be larger.
+_MAX_BYTES = 2 * 1024**3
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _ID_CHARACTERS = re.compile(r"[^a-z0-9]+")
 
@@ -256,8 +262,9 @@ def _read_plain_file(directory: Path, name: str) -> bytes:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             _refuse(directory, f"{name} is not a plain file")
-        if name.endswith(".json") and status.st_size > _MAX_TEXT_BYTES:
-            _refuse(directory, f"{name} is larger than {_MAX_TEXT_BYTES} bytes")
+        limit = _MAX_TEXT_BYTES if name.endswith(".json") else _MAX_BYTES
+        if status.st_size > limit:
+            _refuse(directory, f"{name} is larger than {limit} bytes")
         return path.read_bytes()
     except OSError as error:
         raise ReleaseUnreadable(

@@ -6,9 +6,10 @@ import csv
 import glob
 import gzip
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import duckdb
 import pyarrow as pa
@@ -26,6 +27,12 @@ CORRUPT_SCHEMA = pa.schema(
 wrong with it, how it begins."""
 
 _TEXT_KEPT = 1000
+
+_LONGEST_LINE = 1024 * 1024
+# What unpacks to more is no table: CSV rows shrink to a tenth, and rows of a parquet file that have
+# keys of their own take a byte or more. Small files may be anything.
+_UNPACKED_TIMES, _UNPACKED_BYTES = 200, 64 * 1024 * 1024
+_ROWS_PER_BYTE, _ROWS = 100, 1_000_000
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -106,6 +113,8 @@ def load_files(
     names = "[" + ", ".join(sql_text(str(path)) for path in paths) + "]"
     shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     try:
+        for path in paths:
+            _check_expansion(path, parquet=formats == {"parquet"})
         if formats == {"parquet"}:
             load_query(connection, target, f"FROM read_parquet({names})")
             return CORRUPT_SCHEMA.empty_table()
@@ -137,6 +146,38 @@ def load_files(
     except duckdb.Error as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{shown} cannot be read: {first}; is the file complete?") from error
+
+
+def _check_expansion(path: Path, *, parquet: bool) -> None:
+    """Refuse a small file that becomes a huge table, before anything holds it."""
+    size = path.stat().st_size
+    if parquet:
+        if _parquet_rows(path) > max(_ROWS, _ROWS_PER_BYTE * size):
+            raise UserError(f"{path} says it has more rows than {size} bytes hold; check the file")
+        return
+    # Deflate makes at most 1032 bytes of one, so a small file needs no look.
+    if path.suffix.lower() != ".gz" or size * 1032 <= _UNPACKED_BYTES:
+        return
+    limit, unpacked = max(_UNPACKED_BYTES, _UNPACKED_TIMES * size), 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                unpacked += len(block)
+                if unpacked > limit:
+                    raise UserError(
+                        f"{path} unpacks to more than {_UNPACKED_TIMES} times its size; check the "
+                        "file, or unpack it first if it is sound"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}; is the file complete?") from error
+
+
+def _parquet_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read: {first}; is the file complete?") from error
 
 
 def _copy_with_one_line_end(path: Path, copy: Path) -> None:
@@ -203,8 +244,8 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
             errors="replace",
             newline="",
         ) as text:
-            names = next(csv.reader(text, delimiter=delimiter), [])
-    except (OSError, EOFError, csv.Error, UnicodeError) as error:
+            names = next(csv.reader(_lines(text, path), delimiter=delimiter), [])
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeError) as error:
         raise UserError(f"{path} cannot be read: {error}; is the file complete?") from error
     names = [name.strip() or f"column_{place}" for place, name in enumerate(names, 1)]
     lower = [name.lower() for name in names]
@@ -212,3 +253,11 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
         if lower.count(name.lower()) > 1:
             raise UserError(f"{path} has two columns {name}; rename one in its first line")
     return names
+
+
+def _lines(text: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, of which none is held that has no end."""
+    while line := text.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"{path} begins with a line that has no end; is it a CSV file?")
+        yield line

@@ -108,15 +108,18 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
             # What the night's jobs found is looked at together, at their end.
             sensors_every=timedelta(hours=12),
         )
+        kept = _served_graph(project, "1")
         for day in (first + number * _DAY for number in range(case.days)):
             daemon.run_until(_at(day, 5, 30))
             if case.sabotage and day == case.change:
-                _sabotage(case, project, daemon, _at(day, 6))
+                forced = _sabotage(case, project, daemon, _at(day, 6))
+                # Doing nothing is to let what was forced in serve on.
+                kept = _served_graph(project, forced) if case.sabotage == "backwards" else kept
             _ask_all_day(project, url, clock, day, customers, counts, after=day >= case.change)
         daemon.run_until(_at(first + case.days * _DAY, 5, 30))
         failed = [run for run in daemon.runs if not run.success]
         events = _events(project, daemon)
-        days, requests = _judged(case, project)
+        days, requests = _judged(case, project, kept)
         history = read_registry(project.mlflow_client(), SETTINGS.model_name).history
     return outcome(
         case,
@@ -217,13 +220,14 @@ def _late_labels(case: Case) -> Any:
     return alter
 
 
-def _sabotage(case: Case, project: Project, daemon: SimulatedDaemon, at: datetime) -> None:
+def _sabotage(case: Case, project: Project, daemon: SimulatedDaemon, at: datetime) -> str:
+    """The version that is in Production now, against every rule."""
     assert case.sabotage is not None
     names = [feature.name for feature in project.features]
     newest = project.lake.days("customer_features")[-1]
     rows = project.lake.read("customer_features", newest, newest).to_pandas()
     set_clock(daemon.clock_path, at)
-    force_into_production(
+    version = force_into_production(
         project.mlflow_client(),
         SETTINGS.model_name,
         project.home.releases,
@@ -234,6 +238,7 @@ def _sabotage(case: Case, project: Project, daemon: SimulatedDaemon, at: datetim
     )
     request = dg.RunRequest(run_key=f"forced-{case.name}")
     daemon.execute("promotion", SABOTEUR, request, at)
+    return version
 
 
 def _ask_all_day(
@@ -312,15 +317,16 @@ def _human_steps(history: Sequence[Step]) -> int:
     return sum(step.who not in (*NOT_PERSONS, SABOTEUR) for step in history)
 
 
-def _judged(case: Case, project: Project) -> tuple[Any, int]:
-    """The rolling AUC of what was served, of doing nothing and of the oracle, and the requests."""
+def _judged(case: Case, project: Project, kept: bytes) -> tuple[Any, int]:
+    """The rolling AUC of what was served, of doing nothing and of the oracle, and the requests.
+
+    kept: the graph that doing nothing would serve.
+    """
     lake, names = project.lake, [feature.name for feature in project.features]
     log = lake.read(PREDICTION_LOG, days=lake.days(PREDICTION_LOG)).to_pandas()
     log = log[log["cutoff"].notna()].reset_index(drop=True)
     x = feature_matrix(log, names)
     churned = _truth(project, log)
-    registry = read_registry(project.mlflow_client(), SETTINGS.model_name)
-    kept = case_baseline(case, project, registry)
     days = sorted({moment.date() for moment in log["at"]})
     scores = {
         "served": log["probability"].to_numpy(dtype=np.float64),
@@ -331,12 +337,10 @@ def _judged(case: Case, project: Project) -> tuple[Any, int]:
     return rolling_auc(days, day_of, churned, scores), len(log)
 
 
-def case_baseline(case: Case, project: Project, registry: Any) -> bytes:
-    """The graph that doing nothing would serve: the first model's, or the forced one's."""
-    version = "1"
-    if case.sabotage == "backwards":
-        version = next(s.version for s in registry.history if s.who == SABOTEUR)
+def _served_graph(project: Project, version: str) -> bytes:
+    """The ONNX graph of a version, as it was released. Kept, as the archive is cleaned in time."""
     client = project.mlflow_client()
+    registry = read_registry(client, SETTINGS.model_name)
     release = fetch_release(client, registry.version(version), project.home.releases, kept=True)
     return release.model
 

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from churn_assets.defs.execution import asset_job, pod_tags
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.lifecycle.cleaning import clean, plan_cleaning
@@ -11,7 +12,7 @@ from churn_assets.lifecycle.registry import read_registry
 # data needs what the one before it wrote, so these wait for each other too, in order.
 EXCLUSIVE = {"churn/exclusive": "training"}
 
-daily_refresh = dg.define_asset_job(
+daily_refresh = asset_job(
     "daily_refresh",
     selection=dg.AssetSelection.assets(
         *SETTINGS.raw_tables, "customer_features", "churn_labels", "online_features"
@@ -19,7 +20,7 @@ daily_refresh = dg.define_asset_job(
     tags={"churn/exclusive": "data"},
     description="A day's events, its features, also online, and the labels that mature with it.",
 )
-training = dg.define_asset_job(
+training = asset_job(
     "training",
     selection=dg.AssetSelection.assets(
         "training_set",
@@ -38,14 +39,14 @@ _ONE_PROMOTION = {"churn/exclusive": "promotion"}
 # A person waits for these.
 _URGENT = {"dagster/priority": "10"}
 
-promotion = dg.define_asset_job(
+promotion = asset_job(
     "promotion",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
     tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
     description="Carry out the latest decision, package what is in Production and deploy it.",
 )
-approve_promotion = dg.define_asset_job(
+approve_promotion = asset_job(
     "approve_promotion",
     selection=dg.AssetSelection.assets("promotion_decision", *_INTO_SERVICE),
     config={"ops": {"promotion_decision": {"config": {"who": "", "why": ""}}}},
@@ -56,7 +57,7 @@ approve_promotion = dg.define_asset_job(
     ),
 )
 # Nothing keeps it waiting: it belongs to no group of runs that go one after the other.
-rollback = dg.define_asset_job(
+rollback = asset_job(
     "rollback",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     config={"ops": {"production_release": {"config": {"who": "", "why": ""}}}},
@@ -66,7 +67,7 @@ rollback = dg.define_asset_job(
         "last known good one."
     ),
 )
-start_trial = dg.define_asset_job(
+start_trial = asset_job(
     "start_trial",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     config={
@@ -78,7 +79,7 @@ start_trial = dg.define_asset_job(
         "when it is not the newest; share and shadow when they are not those of the settings."
     ),
 )
-stop_trial = dg.define_asset_job(
+stop_trial = asset_job(
     "stop_trial",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     config={
@@ -87,7 +88,7 @@ stop_trial = dg.define_asset_job(
     tags=_URGENT,
     description="End the trial that is going on: who and why. The version stays in Staging.",
 )
-drift = dg.define_asset_job(
+drift = asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
     tags={"churn/exclusive": "monitoring"},
@@ -95,25 +96,25 @@ drift = dg.define_asset_job(
 )
 # Where trials are the evidence, a report is followed by the decision.
 _JUDGED = ("promotion_decision",) if SETTINGS.promotion.evidence == "trial" else ()
-trial = dg.define_asset_job(
+trial = asset_job(
     "trial",
     selection=dg.AssetSelection.assets("trial_report", *_JUDGED),
     tags={"churn/exclusive": "monitoring"},
     description="Judge the version on trial by what has become known of its predictions.",
 )
-treatment = dg.define_asset_job(
+treatment = asset_job(
     "treatment",
     selection=dg.AssetSelection.assets("treatment_report"),
     tags={"churn/exclusive": "monitoring"},
     description="Compare the customers nobody treats with the others.",
 )
-performance = dg.define_asset_job(
+performance = asset_job(
     "performance",
     selection=dg.AssetSelection.assets("performance_report"),
     tags={"churn/exclusive": "monitoring"},
     description="Hold the version in Production against what has become known of its predictions.",
 )
-watch_service = dg.define_asset_job(
+watch_service = asset_job(
     "watch_service",
     selection=dg.AssetSelection.assets("serving_health"),
     tags={"churn/exclusive": "serving_health"},
@@ -121,7 +122,7 @@ watch_service = dg.define_asset_job(
 )
 # What is not there yet is there an hour later; two passes at once would refuse each other.
 # A job may not be called like an asset: a code server would refuse both.
-ingest_predictions = dg.define_asset_job(
+ingest_predictions = asset_job(
     "ingest_predictions",
     selection=dg.AssetSelection.assets("prediction_log"),
     tags={"churn/exclusive": "prediction_log"},
@@ -129,13 +130,13 @@ ingest_predictions = dg.define_asset_job(
 )
 
 
-decisions = dg.define_asset_job(
+decisions = asset_job(
     "decisions",
     selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
     tags={"churn/exclusive": "monitoring"},
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
 )
-health = dg.define_asset_job(
+health = asset_job(
     "health",
     selection=dg.AssetSelection.assets("health_page"),
     tags={"churn/exclusive": "health"},
@@ -173,7 +174,7 @@ def remove_old_versions(
 
 
 @dg.job(
-    tags=_ONE_PROMOTION,
+    tags=_ONE_PROMOTION | pod_tags("clean_archive"),
     description="Remove versions archived for long enough, with their releases and bentos.",
 )
 def clean_archive() -> None:

@@ -43,6 +43,18 @@ query($run: ID!) {
 }"""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would take the token along to wherever it is sent."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        """Follow none: what comes back is the error of its status."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class RemoteDagster:
     """The webserver at `url`; `token`, when a proxy before it wants one, goes as a bearer's."""
 
@@ -106,7 +118,7 @@ class RemoteDagster:
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = urllib.request.Request(self._url, body, self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with _OPENER.open(request, timeout=60) as response:
                 answer = json.load(response)
         except (OSError, ValueError) as error:
             code = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
 
     Each case's home is kept at `drill/<case>` until the next drill, for whoever wants to look.
     """
+    since = time.monotonic()
     folder = home.root / "drill"
     folder.mkdir(parents=True, exist_ok=True)
     # The longest first, so that none of them is left alone at the end.
@@ -62,7 +64,7 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     for case, one in zip(cases, outcomes, strict=True):
         if not isinstance(one, Outcome):
             print(f"{case.name} did not come to an end: {one}", file=sys.stderr)
-    print(f"\n  {folder / 'report.html'}")
+    print(f"\n  {folder / 'report.html'}, after {(time.monotonic() - since) / 60:.0f} minutes")
     return not missed and len(done) == len(cases)
 
 

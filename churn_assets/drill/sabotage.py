@@ -64,7 +64,11 @@ def force_into_production(
         params = client.get_run(str(good.run_id)).data.params
         mlflow.log_params({key: params[key] for key in params if key.startswith("data_")})
         logged = mlflow.onnx.log_model(
-            load_model_from_string(onnx), name="onnx", pip_requirements=["onnxruntime"]
+            load_model_from_string(onnx),
+            name="onnx",
+            pip_requirements=["onnxruntime"],
+            # One file, as of every version: what is large in it belongs to what is proven.
+            save_as_external_data=False,
         )
     version = register_version(
         client,

@@ -17,7 +17,7 @@ from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.promotion import PromotionPolicy, paired_replay
 from churn_assets.lifecycle.registry import Registry, Version
 from churn_assets.lifecycle.release import fetch_release
-from churn_assets.modeling.onnx_export import predict_onnx
+from churn_assets.modeling.onnx_export import ModelFails, predict_onnx
 from churn_assets.modeling.rows import feature_matrix, outcomes, rows_of
 
 if TYPE_CHECKING:
@@ -96,4 +96,7 @@ def _scores(
     names = release.manifest.feature_names
     if missing := [name for name in names if name not in rows]:
         raise UserError(f"version {version.version} needs {missing[0]}, which the rows do not have")
-    return predict_onnx(release.model, feature_matrix(rows, names))
+    try:
+        return predict_onnx(release.model, feature_matrix(rows, names))
+    except ModelFails as error:
+        raise UserError(f"version {version.version}: {error}") from error

@@ -72,7 +72,7 @@ def read_manifests(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.yaml")):
         try:
             documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         resources += [d for d in documents if d and "kustomize" not in d.get("apiVersion", "")]
     if not resources:

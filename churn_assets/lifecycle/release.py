@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from churn_assets.contract.features import features_named
+from churn_assets.contract.pointer import is_release_id
 from churn_assets.contract.release import (
     CHALLENGER_GOLDEN,
     CHALLENGER_MODEL,
@@ -234,7 +235,7 @@ def fetch_release(
     has changed.
     """
     release_id, digest = version.tags.get(RELEASE_TAG), version.tags.get(RELEASE_DIGEST_TAG)
-    if not release_id or not digest or Path(release_id).name != release_id:
+    if not release_id or not digest or not is_release_id(release_id):
         raise UserError(
             f"version {version.version} has no release in the registry: it was registered before "
             "releases were kept there; train again"
@@ -302,6 +303,11 @@ def _proven(directory: Path, version: Version, digest: str) -> Release:
         raise ReleaseError(
             f"release {directory.name} was changed since the gates let version {version.version} "
             f"in: {MANIFEST} has another sha256"
+        )
+    if release.manifest.release_id != directory.name:
+        raise ReleaseError(
+            f"release {directory.name} is another one: it calls itself "
+            f"{release.manifest.release_id[:100]!r}"
         )
     if release.manifest.model_version != version.version:
         raise ReleaseError(

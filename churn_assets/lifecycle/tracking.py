@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -52,6 +53,13 @@ TRUSTED_TYPES: Mapping[str, list[str]] = {
 
 
 REPORT = "evaluation/report.json"
+
+# What MLflow calls the files of a model.
+ONNX_FILE = "model.onnx"
+SKLEARN_FILE = "model.skops"
+
+# skops stores what it writes as it is.
+_UNPACKED_TIMES = 20
 
 
 def log_training_set(mlflow: Any, record: TrainingSetRecord, manifest: bytes) -> None:
@@ -130,6 +138,8 @@ def log_trained_model(
             load_model_from_string(onnx),
             name="onnx",
             pip_requirements=[f"onnxruntime=={installed_version('onnxruntime')}"],
+            # MLflow would put large tensors into files beside the graph, which no digest is of.
+            save_as_external_data=False,
         )
     version = register_version(
         client,
@@ -277,22 +287,54 @@ def log_card(client: MlflowClient, run_id: str, card: Card) -> None:
 
 def load_onnx(record: ModelRecord, tracking_uri: str) -> bytes:
     """The ONNX graph of a registered model, as it was logged."""
-    import mlflow
-    import mlflow.onnx
+    from google.protobuf.message import DecodeError
+    from onnx import load_model_from_string
 
-    mlflow.set_tracking_uri(tracking_uri)
-    with _quiet("mlflow"):
-        return mlflow.onnx.load_model(record.onnx_uri).SerializeToString()
+    with _stored(record.onnx_uri, ONNX_FILE, tracking_uri) as path:
+        try:
+            return load_model_from_string(path.read_bytes()).SerializeToString()
+        except DecodeError as error:
+            raise UserError(
+                f"the model of run {record.mlflow_run} is damaged ({error}); train again"
+            ) from error
 
 
 def load_sklearn(record: ModelRecord, tracking_uri: str) -> Any:
-    """The scikit-learn estimator of a registered model."""
+    """The scikit-learn estimator of a registered model.
+
+    MLflow's own loader takes a pickle, code and trusted types from where the artifact says. What
+    lies there is taken here as skops alone, with the types this code trusts. Raises UserError.
+    """
+    from skops import io
+
+    trusted = TRUSTED_TYPES.get(record.family, [])
+    whose = f"the estimator of run {record.mlflow_run}"
+    with _stored(record.sklearn_uri, SKLEARN_FILE, tracking_uri) as path:
+        try:
+            with zipfile.ZipFile(path) as members:
+                unpacked = sum(member.file_size for member in members.infolist())
+            if unpacked > _UNPACKED_TIMES * path.stat().st_size:
+                raise UserError(f"{whose} unpacks to {unpacked} bytes; it was changed, train again")
+            if foreign := sorted(set(io.get_untrusted_types(file=path)) - set(trusted)):
+                raise UserError(f"{whose} holds {foreign[0]}; it was changed, train again")
+            return io.load(path, trusted=trusted)
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{whose} is damaged ({error}); train again") from error
+
+
+@contextmanager
+def _stored(uri: str, name: str, tracking_uri: str) -> Generator[Path]:
+    """One file of a model as MLflow keeps it. Raises UserError when it is not there."""
     import mlflow
-    import mlflow.sklearn
 
     mlflow.set_tracking_uri(tracking_uri)
-    with _quiet("mlflow"):
-        return mlflow.sklearn.load_model(record.sklearn_uri)
+    with tempfile.TemporaryDirectory() as folder:
+        with _quiet("mlflow"):
+            found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        path = Path(found) / name
+        if not path.is_file():
+            raise UserError(f"MLflow has no {name} at {uri}; it was changed, train again")
+        yield path
 
 
 @contextmanager

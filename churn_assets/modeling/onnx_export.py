@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from churn_assets.contract.release import NO_OUTSIDE_WEIGHTS
+from churn_assets.errors import UserError
 from churn_assets.modeling.candidates import limited_threads
 
 INPUT_NAME = "features"
@@ -118,17 +120,29 @@ def _with_calibration(onnx: bytes, slope: float, intercept: float) -> bytes:
     return model.SerializeToString()
 
 
+class ModelFails(UserError):
+    """A model gives an error in the place of a probability."""
+
+
 def predict_onnx(onnx: bytes, x: NDArray[Any], *, threads: int = 0) -> NDArray[np.float64]:
-    """P(churn) [rows] of `x` [rows, features] by ONNX Runtime; threads 0 means every core."""
+    """P(churn) [rows] of `x` [rows, features] by ONNX Runtime; threads 0 means every core.
+
+    Raises ModelFails when the graph cannot be run on one of the rows.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads that wait without spinning leave the cores to whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*NO_OUTSIDE_WEIGHTS)
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     rows = np.ascontiguousarray(x, dtype=np.float32)
-    output = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: rows})[0])
+    try:
+        output = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: rows})[0])
+    except Exception as error:  # onnxruntime's exceptions share no base class of its own
+        first = str(error).splitlines()[0]
+        raise ModelFails(f"the model fails on one of {len(rows):,} rows: {first}") from error
     return output[:, 1].astype(np.float64)
 
 
@@ -142,6 +156,7 @@ def session_latency(onnx: bytes, x: NDArray[Any], *, runs: int = 1000) -> dict[s
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry(*NO_OUTSIDE_WEIGHTS)
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     rows = np.ascontiguousarray(x, dtype=np.float32)
     times = []

@@ -16,6 +16,7 @@ from churn_assets.data.lake import Lake
 from churn_assets.data.prediction_log import PREDICTION_LOG, SCHEMA
 from churn_assets.data.windows import cutoff_of, days_between, midnight, partition_of
 from churn_assets.errors import UserError
+from churn_assets.modeling.onnx_export import ModelFails
 from churn_assets.monitoring.drift import (
     CUSTOMER,
     DriftPolicy,
@@ -289,14 +290,17 @@ def _shift(
     """The answers of the version in Production, or what it would answer, against its training."""
     if reference.onnx is None:
         return _untold(reference.problem or "the released model cannot be had", policy)
-    then, known = reference.predictions(reference.rows)
-    of_then = reference.rows[CUSTOMER].to_numpy()[known]
-    if source == "requests":
-        answered = window.rows[window.rows["model_version"] == reference.version]
-        now, of_now = answered["probability"].to_numpy(), answered[CUSTOMER].to_numpy()
-    else:
-        now, known = reference.predictions(window.rows)
-        of_now = window.rows[CUSTOMER].to_numpy()[known]
+    try:
+        then, known = reference.predictions(reference.rows)
+        of_then = reference.rows[CUSTOMER].to_numpy()[known]
+        if source == "requests":
+            answered = window.rows[window.rows["model_version"] == reference.version]
+            now, of_now = answered["probability"].to_numpy(), answered[CUSTOMER].to_numpy()
+        else:
+            now, known = reference.predictions(window.rows)
+            of_now = window.rows[CUSTOMER].to_numpy()[known]
+    except ModelFails as error:
+        return _untold(f"version {reference.version}: {error}", policy)
     comparisons = len(reference.features) + 1
     return prediction_shift((then, of_then), (np.asarray(now), of_now), policy, comparisons)
 

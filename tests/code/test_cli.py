@@ -134,10 +134,10 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 def test_the_workers_of_the_service_are_a_setting_and_an_option(churn, monkeypatch, tmp_path):
-    started: list[int] = []
+    started: list[tuple[int, str]] = []
     monkeypatch.setattr(
         "churn_assets.lifecycle.serving.serve_current",
-        lambda *_, workers: started.append(workers),
+        lambda *_, workers, listen: started.append((workers, listen)),
     )
     config = tmp_path / "churn.yaml"
     config.write_text("source: {kind: shop}\ncalendar: {start: 2024-01-01}\n")
@@ -146,7 +146,9 @@ def test_the_workers_of_the_service_are_a_setting_and_an_option(churn, monkeypat
     config.write_text(config.read_text() + "serving: {workers: 2}\n")
     assert churn("serve", "--port", 1)[0] == 0
     assert churn("serve", "--port", 1, "--workers", 3)[0] == 0
-    assert started == [1, 2, 3]
+    assert churn("serve", "--port", 1, "--host", "0.0.0.0")[0] == 0
+    here = "127.0.0.1"
+    assert started == [(1, here), (2, here), (3, here), (2, "0.0.0.0")]
     assert churn("serve", "--port", 1, "--workers", 0)[0] == 2
     config.write_text(config.read_text().replace("2}", "0}"))
     code, _, err = churn("serve", "--port", 1)
@@ -250,3 +252,17 @@ def test_a_trial_needs_a_person(churn) -> None:
     code, _, err = churn("trial", "start", "4", "--who", "automatic policy")
     assert code == 2
     assert "is not a person" in err
+
+
+def test_a_shared_home_is_prepared_once_and_for_one_source(churn, tmp_path: Path) -> None:
+    home = Home.from_environment()
+    for _ in range(2):
+        assert churn("prepare") == (0, "", "")
+    assert (home.reports.is_dir(), home.releases.is_dir()) == (True, True)
+    assert json.loads((home.root / "source.json").read_text())["start"] == "2024-01-01"
+    (home.lake / "orders" / "day=2024-01-01").mkdir(parents=True)
+    other = tmp_path / "other.yaml"
+    other.write_text("source: {kind: shop}\ncalendar: {start: 2023-01-01}\n")
+    os.environ["CHURN_CONFIG"] = str(other)
+    code, _, err = churn("prepare")
+    assert (code, "holds the data of another source" in err) == (2, True)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import dagster as dg
 import pytest
@@ -66,7 +67,8 @@ def test_the_code_server_closes_what_an_earlier_one_left_and_ends_when_told(
 
     home, port = Home(tmp_path / "home"), free_port()
     environment = os.environ | home.environment() | {"CHURN_CONFIG": ""}
-    (home.dagster / "storage").mkdir(parents=True)
+    with mock.patch.dict(os.environ):
+        home.prepare()
     instance_file = (PROJECT_ROOT / "dagster.yaml").read_text()
     storage = environment["CHURN_DAGSTER_STORAGE"]
     (home.dagster / "dagster.yaml").write_text(
@@ -80,7 +82,7 @@ def test_the_code_server_closes_what_an_earlier_one_left_and_ends_when_told(
             command, env=environment, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not listens(port):
                 assert server.poll() is None
                 assert time.monotonic() < deadline

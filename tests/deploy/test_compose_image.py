@@ -23,6 +23,7 @@ import pytest
 import yaml
 from compose_cases import COMPOSE, own_databases
 from engine_cases import BASE, TOLD_TO_THE_BUILD, docker, inspected, quiet_port
+from serving_cases import VALID
 
 from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.container import package_index
@@ -34,8 +35,15 @@ DOCUMENT: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text()
 IMAGE = "churn-assets:0.1.0"
 ONE_OF_OURS = "churn-assets-test"
 PATIENCE_S = 300
-# Where each listens in its own container; here they share one machine.
-PORTS = {"mlflow": 5000, "code": 4000, "webserver": 3000, "service": 3000, "reports": 3002}
+# Where each listens in its own container, if it does; here they share one machine.
+PORTS = {
+    "mlflow": 5000,
+    "code": 4000,
+    "webserver": 3000,
+    "daemon": 0,
+    "service": 3000,
+    "reports": 3002,
+}
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +234,9 @@ def platform(
             store.stop()
 
 
-def test_the_platform_comes_up_trains_and_serves(platform: Platform) -> None:
+@pytest.fixture(scope="module")
+def running(platform: Platform) -> Platform:
+    """With every service of the image healthy."""
     buckets = DOCUMENT["services"]["buckets"]["command"]
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     given = [x for key, value in keys.items() for x in ("--env", f"{key}={value}")]
@@ -235,32 +245,40 @@ def test_the_platform_comes_up_trains_and_serves(platform: Platform) -> None:
         *(platform.here(word) for word in buckets),
     )
     assert said.split("\n")[:2] == ["made the bucket lake", "made the bucket mlflow"]
-    for service in ("mlflow", "code", "webserver", "daemon", "service", "reports"):
-        if service == "daemon":
-            PORTS.setdefault("daemon", 0)
-            platform.ports["daemon"] = 0
+    for service in PORTS:
         platform.start(service)
         platform.healthy(service)
+    return platform
 
+
+def test_the_platform_comes_up(running: Platform) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        platform.ask("mlflow", "/api/2.0/mlflow/experiments/search?max_results=1")
-    admin = f"admin:{platform.variables['MLFLOW_ADMIN_PASSWORD']}".encode()
-    login = "Basic " + base64.b64encode(admin).decode()
+        running.ask("mlflow", "/api/2.0/mlflow/experiments/search?max_results=1")
     query = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
-    found = platform.ask("webserver", "/graphql", {"query": query})
+    found = running.ask("webserver", "/graphql", {"query": query})
     assert found["data"]["workspaceOrError"]["locationEntries"] == [
         {"name": "churn_assets", "loadStatus": "LOADED"}
     ]
 
-    print(platform.run("churn", "run"))
-    artifacts = platform.ask(
-        "mlflow",
-        "/api/2.0/mlflow/experiments/get-by-name?experiment_name=customer-churn",
-        authorization=login,
-    )
-    assert artifacts["experiment"]["artifact_location"].startswith("mlflow-artifacts:")
-    platform.healthy("service")
-    key = platform.run("churn", "keys", "add", "test").split()[-1]
-    told = platform.ask("service", "/health")
-    assert told["version"] == "1"
-    print(told, key)
+
+def test_the_platform_trains_and_serves(running: Platform) -> None:
+    import psycopg
+
+    # The whole graph: the lake and MLflow's artifacts in the store, features in Redis.
+    print(running.run("churn", "run"))
+    admin = f"admin:{running.variables['MLFLOW_ADMIN_PASSWORD']}".encode()
+    login = "Basic " + base64.b64encode(admin).decode()
+    path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=customer-churn"
+    experiment = running.ask("mlflow", path, authorization=login)["experiment"]
+    assert experiment["artifact_location"].startswith("mlflow-artifacts:")
+    running.healthy("service")
+    assert running.ask("service", "/health")["version"] == "1"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        running.ask("service", "/predict", VALID)
+    key = running.run("churn", "keys", "add", "test").split()[-1]
+    answer = running.ask("service", "/predict", VALID, authorization=f"Bearer {key}")
+    assert answer["model_version"] == "1"
+    own = running.names["churn"]
+    with psycopg.connect(os.environ["CHURN_TEST_POSTGRES"], user=own, dbname=own) as connection:
+        logged = connection.execute("SELECT count(*) FROM churn_prediction_log_v1").fetchone()
+    assert logged == (1,)

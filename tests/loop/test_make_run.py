@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import warnings
@@ -18,11 +19,23 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from command import RAW, ROOT, Run, assert_readable, churn, days_of, look, mlflow_of
+from command import (
+    RAW,
+    ROOT,
+    Run,
+    assert_readable,
+    churn,
+    days_of,
+    environment,
+    look,
+    mlflow_of,
+)
 
 from churn_assets.cli import cli
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.errors import UserError
+from churn_assets.home import Home
+from churn_assets.lifecycle.relocation import relocate
 
 ASSETS = (
     *RAW,
@@ -585,6 +598,43 @@ def test_a_refusal_by_the_gates_is_a_success_of_the_run(refused_run: Run):
     assert summary["evidence"]["production"] == "3"
     assert set(summary["evidence"]["model_minus"]) == {"majority", "recency", "production"}
     assert summary["bento"] is summary["prediction"] is None
+
+
+def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, tmp_path: Path):
+    home = Home(tmp_path / "home")
+    shutil.copytree(resumed_run.home, home.root)
+    relocate(home, resumed_run.home)
+    written = re.findall(
+        r"(?:^    |`)(\.venv/bin/churn [^`\n]*)", (ROOT / "README.md").read_text(), re.M
+    )
+    # Nothing is in Staging: every version that passed went on by itself.
+    (approve,) = [command for command in written if " approve " in command]
+    # What is validated is the training set that a command before it has brought back.
+    training_set = tmp_path / "training_set.parquet"
+    script = ["set -e"]
+    for command in written:
+        if "training-set" in command:
+            command += f" --out {training_set}"
+        command = command.replace(" FILE ", f" {training_set} ")
+        said = f"{command} > {tmp_path}/{len(script)}.txt"
+        script.append(f"! {said} 2>&1" if command == approve else said)
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=ROOT,
+        env=environment(home.root, resumed_run.home.parent / "shop.yaml"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    said = {
+        command: (tmp_path / f"{place}.txt").read_text()
+        for place, command in enumerate(written, start=1)
+    }
+    assert len(said) >= 8
+    assert all(said.values()), [command for command, text in said.items() if not text]
+    assert "nothing is in Staging" in said[approve] or "Staging" in said[approve]
 
 
 def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):

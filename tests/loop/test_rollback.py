@@ -26,6 +26,8 @@ from churn_assets.data.lake import DAY, Lake
 from churn_assets.data.windows import label_partition
 from churn_assets.errors import UserError
 from churn_assets.home import Home
+from churn_assets.home_format import MARKER
+from churn_assets.lifecycle.bento import bento_of_tag
 from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.pointer import read_current
@@ -33,7 +35,7 @@ from churn_assets.lifecycle.promotion import PromotionPolicy
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.lifecycle.relocation import relocate
-from churn_assets.lifecycle.serving import free_port
+from churn_assets.lifecycle.serving import ask_bento, free_port
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow's way of asking its own database.
@@ -162,6 +164,35 @@ def test_a_copied_home_refers_to_itself(shop: Shop, tmp_path: Path, monkeypatch)
     monkeypatch.setenv("CHURN_MLFLOW_URI", "http://127.0.0.1:5000")
     with pytest.raises(UserError, match="unset CHURN_MLFLOW_URI"):
         relocate(copy, shop.home.root)
+
+
+def test_a_home_comes_back_from_a_backup_at_another_place_and_goes_on(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """Made while the service answers, and brought back as a home of an older version."""
+    done_by(shop, "backup", str(tmp_path / "b.tar"))
+    copy = Shop(Home(tmp_path / "elsewhere" / "home"), shop.config, free_port())
+    done_by(copy, "restore", str(tmp_path / "b.tar"))
+    (copy.home.root / MARKER).unlink()
+    assert "run `churn upgrade`" in copy.churn("versions").refusal()
+    done_by(copy, "upgrade", "--no-backup")
+    for command in ("versions", "history"):
+        assert done_by(copy, command) == done_by(shop, command)
+    of_lake = [
+        {p.relative_to(h.lake): p.read_bytes() for p in h.lake.rglob("*") if p.is_file()}
+        for h in (shop.home, copy.home)
+    ]
+    assert of_lake[0] == of_lake[1] != {}
+    current = read_current(copy.home.current)
+    assert current
+    assert current == read_current(shop.home.current)
+    bento = bento_of_tag(current.bento, copy.home.bentoml)
+    answered = ask_bento(bento, copy.home.bentoml, CUSTOMER).response
+    served = shop.get("/predict", CUSTOMER)
+    assert {name: answered[name] for name in served} == served
+    told = done_by(copy, "rollback", "--who", "ada", "--why", "a drill", "--to", "2")
+    assert "version 2 is in Production (Dagster run " in told
+    assert shop.read().production == "1"
 
 
 def test_a_pipeline_does_not_promote_again_what_was_taken_back(shop: Shop) -> None:

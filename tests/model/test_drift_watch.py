@@ -15,6 +15,7 @@ import pytest
 from churn_assets.data.lake import Lake
 from churn_assets.data.prediction_log import PREDICTION_LOG, SCHEMA
 from churn_assets.data.windows import cutoff_of
+from churn_assets.drill.sabotage import spoiled
 from churn_assets.errors import UserError
 from churn_assets.monitoring.drift import DriftPolicy
 from churn_assets.monitoring.drift_watch import DriftRecord, logged_window, watch
@@ -201,6 +202,18 @@ def test_without_answers_of_that_version_the_shift_is_insufficient(lake: Lake) -
     assert (record.prediction.verdict, record.prediction.shift) == ("insufficient", None)
     shift = record.metrics()[-1]
     assert (shift.name, shift.verdict, shift.value) == ("prediction_shift", "insufficient", None)
+
+
+def test_a_model_that_fails_on_its_own_training_rows_costs_the_shift_alone(lake: Lake) -> None:
+    values = reference().rows[FEATURES[0]]
+    assert values.max() > 1
+    shifted = reference()
+    shifted.rows[FEATURES[0]] += 10_000
+    failing = replace(shifted, onnx=spoiled(ONNX, "failing", 0))
+    record = seen(lake, failing)
+    assert record.prediction.verdict == "insufficient"
+    assert "version 3: the model fails on one of" in record.prediction.reason
+    assert record.features
 
 
 def test_a_released_model_that_cannot_be_had_costs_the_shift_alone(lake: Lake) -> None:

@@ -274,6 +274,12 @@ def unknown_feature(parts: Parts) -> tuple[str | None, str]:
     return "unknown", "unknown feature 'shoe_size'"
 
 
+def unknown_format(parts: Parts) -> tuple[str | None, str]:
+    rewrite_manifest(parts.copy("later"), format=2)
+    parts.at.name("later")
+    return "later", "manifest.json has format 2, this code reads 1"
+
+
 def missing(parts: Parts) -> tuple[str | None, str]:
     parts.at.name("v9-missing")
     return "v9-missing", "there is no release directory"
@@ -328,8 +334,9 @@ def a_folder(parts: Parts) -> tuple[str | None, str]:
     return None, "current.json cannot be read (Is a directory"
 
 
-BAD = [damaged, wrong_golden, unknown_feature, missing, another_release, another_version, outside,
-       garbage, half_written, not_a_pointer, endless, deleted, a_folder]  # fmt: skip
+BAD = [damaged, wrong_golden, unknown_feature, unknown_format, missing, another_release,
+       another_version, outside, garbage, half_written, not_a_pointer, endless, deleted,
+       a_folder]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)

@@ -45,6 +45,8 @@ RETRY_SECONDS = 10.0
 
 _STOP_SECONDS = 5.0
 
+_LONGEST_REASON = 500
+
 logger = logging.getLogger("bentoml.churn")
 
 
@@ -202,7 +204,8 @@ class Follower:
         return served
 
     def _refuse(self, named: Current | None, reason: str, changed: bool) -> None:
-        release_id = named.release_id[:100] if named else None
+        release_id = _one_line(named.release_id, 100) if named else None
+        reason = _one_line(reason, _LONGEST_REASON)
         if changed or self.refused is None or self.refused.reason != reason:
             logger.warning(
                 "refused release %s: %s; %s goes on serving",
@@ -233,3 +236,8 @@ class Follower:
             return None
         self._serving = named.release_id
         return served
+
+
+def _one_line(text: str, longest: int) -> str:
+    """`text` from a pointer or a manifest, so that it cannot pass for lines of the log."""
+    return "".join(c if c.isprintable() else " " for c in text[:longest])

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.logged import Arm
 from churn_assets.contract.lookup import Found
-from churn_assets.contract.release import MODEL, Release, ReleaseError, check_golden
+from churn_assets.contract.release import (
+    MODEL,
+    NO_OUTSIDE_WEIGHTS,
+    Release,
+    ReleaseError,
+    check_golden,
+)
 from churn_assets.contract.request import PredictionRequest, RequestDecoder
 from churn_assets.contract.response import (
     AccessHealth,
@@ -42,6 +48,7 @@ class OnnxModel:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry(*NO_OUTSIDE_WEIGHTS)
         try:
             session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]

@@ -242,6 +242,8 @@ def test_mlflow_asks_who_one_is(lived: Lived) -> None:
         urllib.request.urlopen(url)
 
 
+# MLflow's way of asking its own database.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_the_registry_is_the_same_behind_its_server_and_in_its_database(lived: Lived) -> None:
     parts = lived.parts
     store = database_url(parts.postgres, parts.databases["mlflow"], "unneeded")

@@ -64,8 +64,8 @@ evidently: env ## the drift reports in Evidently's own UI, http://127.0.0.1:8000
 image: env ## the container of the bento in Production; TAG=churn:... that of another
 	@$(BIN)/churn image $(if $(TAG),--tag $(TAG))
 
-test: env ## the test suite
-	@$(BIN)/python -m pytest
+test: env ## the test suite, on as many cores as JOBS says (2)
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 test-drill: env ## the short drill: the three worst cases, some ten minutes
 	@$(BIN)/python -m pytest -m drill tests/loop/test_drill.py

@@ -10,13 +10,16 @@ from churn_assets.lifecycle.registry import read_registry
 # Two runs that train at once would judge themselves against the same incumbent. One that refreshes
 # data needs what the one before it wrote, so these wait for each other too, in order.
 EXCLUSIVE = {"churn/exclusive": "training"}
+# A run whose process was killed is tried again. One that a step failed is not: a gate that refuses
+# refuses again, and a person mends the rest.
+TRIED_AGAIN = {"dagster/max_retries": "2", "dagster/retry_on_asset_or_op_failure": "false"}
 
 daily_refresh = dg.define_asset_job(
     "daily_refresh",
     selection=dg.AssetSelection.assets(
         *SETTINGS.raw_tables, "customer_features", "churn_labels", "online_features"
     ),
-    tags={"churn/exclusive": "data"},
+    tags={"churn/exclusive": "data"} | TRIED_AGAIN,
     description="A day's events, its features, also online, and the labels that mature with it.",
 )
 training = dg.define_asset_job(
@@ -29,7 +32,8 @@ training = dg.define_asset_job(
         "promotion_decision",
         "registry_history",
     ),
-    tags=EXCLUSIVE,
+    # From the beginning: a model and its evaluation belong to one run, in MLflow as well.
+    tags=EXCLUSIVE | TRIED_AGAIN | {"dagster/retry_strategy": "ALL_STEPS"},
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
 # What brings a version into service; everything but the decision.
@@ -90,7 +94,7 @@ stop_trial = dg.define_asset_job(
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
     description="Compare the last days' requests with what the model in Production learned from.",
 )
 # Where trials are the evidence, a report is followed by the decision.
@@ -110,7 +114,7 @@ treatment = dg.define_asset_job(
 performance = dg.define_asset_job(
     "performance",
     selection=dg.AssetSelection.assets("performance_report"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
     description="Hold the version in Production against what has become known of its predictions.",
 )
 watch_service = dg.define_asset_job(
@@ -124,7 +128,7 @@ watch_service = dg.define_asset_job(
 ingest_predictions = dg.define_asset_job(
     "ingest_predictions",
     selection=dg.AssetSelection.assets("prediction_log"),
-    tags={"churn/exclusive": "prediction_log"},
+    tags={"churn/exclusive": "prediction_log"} | TRIED_AGAIN,
     description="Bring what services answered from their log into the lake.",
 )
 
@@ -132,7 +136,7 @@ ingest_predictions = dg.define_asset_job(
 decisions = dg.define_asset_job(
     "decisions",
     selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
 )
 health = dg.define_asset_job(

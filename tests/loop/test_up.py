@@ -285,6 +285,8 @@ def test_a_killed_one_is_started_again_without_what_it_left(home: Path, tmp_path
     assert not {boss, child} & set(stand_ins(home, "stubborn"))
     assert len(stand_ins(home, "stubborn")) == 2
     assert stand_ins(home, "other") == [other]
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(PATIENCE_S) == 0
 
 
 def stand_ins(home: Path, part: str) -> list[psutil.Process]:

@@ -10,9 +10,10 @@ from churn_assets.lifecycle.registry import read_registry
 # Two runs that train at once would judge themselves against the same incumbent. One that refreshes
 # data needs what the one before it wrote, so these wait for each other too, in order.
 EXCLUSIVE = {"churn/exclusive": "training"}
-# A run whose process was killed is tried again. One that a step failed is not: a gate that refuses
-# refuses again, and a person mends the rest.
-TRIED_AGAIN = {"dagster/max_retries": "2", "dagster/retry_on_asset_or_op_failure": "false"}
+# A run whose process was killed is tried again. One that a step failed is not, where it is a gate
+# that refuses: it would refuse again. What only reads from a source or a server may find it back.
+TRIED_AGAIN = {"dagster/max_retries": "2"}
+IF_KILLED = TRIED_AGAIN | {"dagster/retry_on_asset_or_op_failure": "false"}
 
 daily_refresh = dg.define_asset_job(
     "daily_refresh",
@@ -33,7 +34,7 @@ training = dg.define_asset_job(
         "registry_history",
     ),
     # From the beginning: a model and its evaluation belong to one run, in MLflow as well.
-    tags=EXCLUSIVE | TRIED_AGAIN | {"dagster/retry_strategy": "ALL_STEPS"},
+    tags=EXCLUSIVE | IF_KILLED | {"dagster/retry_strategy": "ALL_STEPS"},
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
 # What brings a version into service; everything but the decision.
@@ -46,7 +47,7 @@ promotion = dg.define_asset_job(
     "promotion",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
-    tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
+    tags=TRIED_AGAIN | _ONE_PROMOTION,
     description="Carry out the latest decision, package what is in Production and deploy it.",
 )
 approve_promotion = dg.define_asset_job(
@@ -94,7 +95,7 @@ stop_trial = dg.define_asset_job(
 drift = dg.define_asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
-    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Compare the last days' requests with what the model in Production learned from.",
 )
 # Where trials are the evidence, a report is followed by the decision.
@@ -114,7 +115,7 @@ treatment = dg.define_asset_job(
 performance = dg.define_asset_job(
     "performance",
     selection=dg.AssetSelection.assets("performance_report"),
-    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Hold the version in Production against what has become known of its predictions.",
 )
 watch_service = dg.define_asset_job(
@@ -136,7 +137,7 @@ ingest_predictions = dg.define_asset_job(
 decisions = dg.define_asset_job(
     "decisions",
     selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
-    tags={"churn/exclusive": "monitoring"} | TRIED_AGAIN,
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
 )
 health = dg.define_asset_job(

@@ -23,7 +23,7 @@ from tests.chaos.clients import Clients
 from tests.chaos.faults import FAULTS, REFRESH, SERVERS, Fault, faults_of_servers, next_day
 from tests.chaos.invariants import Invariants, to_json
 from tests.chaos.servers import NotInstalled, Postgres, Redis
-from tests.chaos.shop import Shop
+from tests.chaos.shop import SHOP, Shop
 from tests.chaos.strike import Result, strike
 
 CUSTOMER = {
@@ -87,7 +87,7 @@ def _strike_servers(folder: Path, names: Sequence[str]) -> Iterator[Result]:
             "serving": {"prediction_log": {"store": postgres.url}},
             "online_store": {"kind": "redis", "url": redis.url},
         }
-        shop = Shop(folder, settings)
+        shop = Shop(folder, {**SHOP, **settings})
         stack.callback(shop.stop)
         shop.start()
         # Redis has nothing yet.

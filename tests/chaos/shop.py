@@ -33,7 +33,7 @@ SHOP: Settings = {
     "quality_gates": {"p95_latency_ms": 5000, "log_loss_over_production": 0.5},
 }
 START_S = 240.0
-POLL_S = 0.1
+POLL_S, SOON_S = 0.1, 0.01
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
     DagsterRunStatus.NOT_STARTED,
@@ -60,17 +60,17 @@ class NotThere(Exception):
 
 
 class Shop:
-    """`churn up` of the home in `folder`, with `more` settings than SHOP's.
+    """`churn up` of the home in `folder`, with these settings.
 
     The shop has been run once when `start` returns, and everything answers.
     """
 
-    def __init__(self, folder: Path, more: Settings | None = None) -> None:
+    def __init__(self, folder: Path, settings: Settings = SHOP) -> None:
         self.home = Home(folder / "home")
         self.config = folder / "shop.yaml"
         self.log = folder / "up.log"
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(yaml.safe_dump({**SHOP, **(more or {})}), encoding="utf-8")
+        self.config.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
         ports = {server.variable: str(free_port()) for server in SERVERS}
         ours = ("CHURN_", "DAGSTER_", "MLFLOW_", "BENTOML_")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
@@ -217,15 +217,19 @@ class Shop:
     def wait_until_in(self, run_id: str, step: str) -> None:
         """Wait until a run has begun a step."""
         begun = DagsterEventType.STEP_START
-        self.wait_for(lambda: step in self.steps(run_id, begun), f"run {run_id} in {step}", START_S)
+        self.wait_for(
+            lambda: step in self.steps(run_id, begun), f"run {run_id} in {step}", START_S, SOON_S
+        )
 
-    def wait_for(self, what: Callable[[], Any], name: str, seconds: float) -> Any:
+    def wait_for(
+        self, what: Callable[[], Any], name: str, seconds: float, every: float = POLL_S
+    ) -> Any:
         """What `what` returns when it is true at last. Raises NotThere."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if found := what():
                 return found
-            time.sleep(POLL_S)
+            time.sleep(every)
         raise NotThere(f"not within {seconds:.0f} s: {name}")
 
     def ailments(self, heartbeat_after: float | None = None) -> list[str]:

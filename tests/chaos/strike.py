@@ -17,13 +17,14 @@ from tests.chaos.shop import NotThere, Shop
 WELL_S = 420.0
 RECENT_S = 2.0
 CARRIED_OUT_S = 180.0
-# In the middle of the step, by how long it took before.
-MOMENT = 0.5
+# In the middle of the step, by how long it took before; at once in one that is soon over.
+MOMENT, SHORT_S = 0.4, 3.0
 
 
 class Result(msgspec.Struct):
     """What came of a fault. Seconds are counted from the kill.
 
+    during: the step that was going on, as Dagster has it.
     noticed_s: until somebody did something about it: the run was closed as failed, or the process
     was there again. well_s: until everything answered, no run was unfinished, and what was begun
     was done. silent_s: the longest time without an answer of the service. run: how the run that was
@@ -59,6 +60,7 @@ def strike(shop: Shop, clients: Clients, invariants: Invariants, fault: Fault) -
         before = shop.steps(run_id, DagsterEventType.STEP_SUCCESS)
         killed, at = time.monotonic(), time.time()
         victim.kill()
+        result.during = _open_step(shop, run_id) or f"{fault.step}, just done"
         if fault.again is not None:
             fault.again(shop)
         shop.wait_for(lambda: _noticed(shop, fault, run_id, victim), "it is noticed", WELL_S)
@@ -99,8 +101,16 @@ def _bring_about(shop: Shop, fault: Fault) -> str:
             WELL_S,
         )
     shop.wait_until_in(run_id, fault.step)
-    time.sleep(usual * MOMENT)
+    if usual > SHORT_S:
+        time.sleep(usual * MOMENT)
     return run_id
+
+
+def _open_step(shop: Shop, run_id: str) -> str | None:
+    """The step that has begun last, when it has not ended."""
+    begun = shop.steps(run_id, DagsterEventType.STEP_START)
+    done = shop.steps(run_id, DagsterEventType.STEP_SUCCESS)
+    return begun[-1] if begun and begun[-1] not in done else None
 
 
 def _noticed(shop: Shop, fault: Fault, run_id: str, victim: psutil.Process) -> bool:

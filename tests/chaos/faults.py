@@ -59,9 +59,10 @@ def _worker(step: str, job: str, of: str | None = None) -> Fault:
     return Fault(f"run_{step}", "run worker", run_worker, job, step, of, _tags_of(job))
 
 
-def _part(name: str, process: str, victim: Victim) -> Fault:
-    tags = _tags_of(TRAINING)
-    return Fault(name, process, victim, TRAINING, "trained_model", tags=tags, noticed="part")
+def _part(
+    name: str, process: str, victim: Victim, job: str = REFRESH, step: str = "customer_features"
+) -> Fault:
+    return Fault(name, process, victim, job, step, tags=_tags_of(job), noticed="part")
 
 
 def _tags_of(job: str) -> Callable[[Shop], Mapping[str, str]]:
@@ -81,8 +82,8 @@ FAULTS = (
     _worker("deployment", "promotion"),
     _worker("prediction_log", INGEST),
     _part("webserver", "webserver", part("dagster")),
-    _part("daemon", "daemon", part("daemon")),
-    _part("code", "code server", part("code")),
+    _part("daemon", "daemon", part("daemon"), TRAINING, "trained_model"),
+    _part("code", "code server", part("code"), TRAINING, "trained_model"),
     _part("mlflow", "MLflow server", part("mlflow")),
     _part("service_worker", "worker of the service", lambda shop, _: shop.service_worker()),
     _part("service_bento", "its parent, BentoML", lambda shop, _: shop.bento()),

@@ -32,7 +32,7 @@ SHOP: Settings = {
     "promotion": {"mode": "automatic", "margin": 0.5},
     "quality_gates": {"p95_latency_ms": 5000, "log_loss_over_production": 0.5},
 }
-START_S = 240.0
+START_S = 600.0
 POLL_S, SOON_S = 0.1, 0.01
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
@@ -133,10 +133,13 @@ class Shop:
 
     def part(self, name: str) -> psutil.Process:
         """The process of this name that `churn up` started."""
-        found = [p for p in self.up.children() if _environment_of(p).get(PART) == name]
-        if not found:
+        if not (found := self.parts(name)):
             raise NotThere(f"there is no process {name}")
         return found[0]
+
+    def parts(self, name: str) -> list[psutil.Process]:
+        """The processes of this name that `churn up` started: one, or none at the moment."""
+        return [p for p in self.up.children() if _environment_of(p).get(PART) == name]
 
     def bento(self) -> psutil.Process:
         """BentoML's own process, below that of `churn serve`."""

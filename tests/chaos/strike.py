@@ -14,9 +14,9 @@ from tests.chaos.faults import Fault
 from tests.chaos.invariants import Invariants
 from tests.chaos.shop import NotThere, Shop
 
-WELL_S = 420.0
+WELL_S = 900.0
 RECENT_S = 2.0
-CARRIED_OUT_S = 180.0
+CARRIED_OUT_S = 300.0
 # In the middle of the step, by how long it took before; at once in one that is soon over.
 MOMENT, SHORT_S = 0.4, 3.0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import tempfile
 import warnings
@@ -43,10 +44,14 @@ def main(names: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in known]:
         print(f"there is no fault {unknown[0]}; there are {', '.join(known)}", file=sys.stderr)
         return 2
+    # However it is asked to stop, it stops what it started.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # Of libraries, about this program's own reading.
     warnings.filterwarnings("ignore")
     folder = Home.from_environment().root / "chaos"
-    wanted = [fault for fault in FAULTS if not names or fault.name in names]
+    by_name = {fault.name: fault for fault in FAULTS}
+    wanted = [by_name[name] for name in names or by_name if name in by_name]
     results: list[Result] = []
     if wanted:
         for result in _strike_all(Shop(folder), wanted):

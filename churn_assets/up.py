@@ -35,6 +35,9 @@ CODE = "code"
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.2
 _SETTLED = {
+    # A run that did not begin in time goes back into the queue: a machine that is busy should not
+    # begin it twice.
+    "DAGSTER_GRPC_TIMEOUT_SECONDS": "240",
     "PYTHONUNBUFFERED": "1",
     # MLflow's jobs judge language models; they would add four processes and state elsewhere.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

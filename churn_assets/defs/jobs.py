@@ -12,6 +12,8 @@ from churn_assets.lifecycle.registry import read_registry
 EXCLUSIVE = {"churn/exclusive": "training"}
 # A run whose process was killed is tried again. One that a step failed is not, where it is a gate
 # that refuses: it would refuse again. What only reads from a source or a server may find it back.
+# A person's rollback or trial is left alone: the registry may have changed before the kill, and
+# doing it again would go one version further.
 TRIED_AGAIN = {"dagster/max_retries": "2"}
 IF_KILLED = TRIED_AGAIN | {"dagster/retry_on_asset_or_op_failure": "false"}
 
@@ -54,7 +56,7 @@ approve_promotion = dg.define_asset_job(
     "approve_promotion",
     selection=dg.AssetSelection.assets("promotion_decision", *_INTO_SERVICE),
     config={"ops": {"promotion_decision": {"config": {"who": "", "why": ""}}}},
-    tags=_ONE_PROMOTION | _URGENT,
+    tags=_ONE_PROMOTION | _URGENT | IF_KILLED,
     description=(
         "A person puts the version in Staging into Production: who, why, and the version when it "
         "is not the newest."

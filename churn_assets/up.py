@@ -181,14 +181,14 @@ def run_all(
     home: Home,
     stop_timeout: float = STOP_TIMEOUT_S,
     restarts: Restarts | None = None,
-    close_lost_runs: Callable[[set[int]], list[str]] | None = None,
+    close_lost_runs: Callable[[Callable[[], set[int]]], list[str]] | None = None,
 ) -> int:
     """Run everything until Ctrl-C, or until one process dies again and again.
 
     One that dies is started again, after what is left of it has been stopped. The runs of a code
     server that died go on: they are processes of their own. Whenever one of those may have ended,
-    `close_lost_runs` is called with the ids of the processes that are alive, and returns the ids
-    of the runs that nobody executes any more.
+    `close_lost_runs` is called with what tells the ids of the processes that are alive; it returns
+    the ids of the runs that nobody executes any more.
 
     Returns the exit code: 0 when a person stopped it, or else that of the process that was given
     up. Raises UserError when a port is taken, before anything is started. Nothing that was started
@@ -241,7 +241,7 @@ class _Orphans:
     """The processes of runs whose code server died: nobody else sees them end."""
 
     token: str
-    close_lost_runs: Callable[[set[int]], list[str]] | None
+    close_lost_runs: Callable[[Callable[[], set[int]]], list[str]] | None
     living: list[psutil.Process] = field(default_factory=list)
     ended: bool = False
 
@@ -261,8 +261,11 @@ class _Orphans:
         """Close the runs of those that have ended."""
         self.ended = False
         if self.close_lost_runs is not None:
-            for run in self.close_lost_runs({p.pid for p in members(self.token) if _is_alive(p)}):
+            for run in self.close_lost_runs(self._alive):
                 _say("up", f"run {run} has lost its process and is closed as failed", sys.stderr)
+
+    def _alive(self) -> set[int]:
+        return {process.pid for process in members(self.token) if _is_alive(process)}
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -215,28 +215,30 @@ def close_dead_server_runs() -> list[str]:
     return [run.run_id for run in dead]
 
 
-def close_lost_runs(alive: Container[int]) -> list[str]:
-    """Fail the runs whose process is none of `alive`, the ids of processes; returns their ids.
+def close_lost_runs(alive: Callable[[], Container[int]]) -> list[str]:
+    """Fail the runs whose process is none of `alive()`, ids of processes; returns the runs' ids.
 
     For runs a code server started, whose process it watches as long as it lives itself. One that
     has not begun has no process yet: the time it is given for that ends it.
     """
     with DagsterInstance.get() as instance:
         executing = instance.get_runs(RunsFilter(statuses=EXECUTING))
-        ours = {
-            run: pid
-            for run in executing
-            if LAUNCHED_BY not in run.tags
-            if (pid := _process_of(instance, run)) is not None
-        }
-        lost = [run for run, pid in ours.items() if pid not in alive]
-        for run in lost:
+        ours = {run.run_id: _process_of(instance, run) for run in executing}
+        # Asked after the runs, so that the process of each has begun, and then for the runs once
+        # more, as one may have come to its end.
+        living = alive()
+        lost = [run for run, pid in ours.items() if pid is not None and pid not in living]
+        filters = RunsFilter(run_ids=lost, statuses=EXECUTING)
+        dead = instance.get_runs(filters) if lost else []
+        for run in dead:
             instance.report_run_failed(run, "The process that executed this run is gone.")
-    return [run.run_id for run in lost]
+    return [run.run_id for run in dead]
 
 
 def _process_of(instance: DagsterInstance, run: dg.DagsterRun) -> int | None:
     """The process a code server has started for `run`, as Dagster noted it."""
+    if LAUNCHED_BY in run.tags:
+        return None
     noted = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
     events = [entry.get_dagster_event().engine_event_data.metadata for entry in noted]
     pids = [metadata["pid"].value for metadata in events if "pid" in metadata]

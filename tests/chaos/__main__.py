@@ -13,16 +13,17 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 
 from churn_assets.data.lake import Lake
 from churn_assets.home import Home
 from tests.chaos.clients import Clients
 from tests.chaos.faults import FAULTS, REFRESH, SERVERS, Fault, faults_of_servers, next_day
-from tests.chaos.invariants import Invariants, to_json
+from tests.chaos.invariants import Invariants
 from tests.chaos.servers import NotInstalled, Postgres, Redis
 from tests.chaos.shop import SHOP, Shop
 from tests.chaos.strike import Result, strike
@@ -35,7 +36,17 @@ CUSTOMER = {
     "support_tickets_90d": 0,
     "login_frequency_7d": 1.5,
 }
-HEAD = ("killed", "while", "noticed", "well", "silent", "acknowledged", "lost", "twice", "the run")
+HEAD = (
+    *("killed", "while", "noticed", "answers", "well", "silent"),
+    *("acknowledged", "lost", "twice", "the run", "load"),
+)
+
+
+class Report(msgspec.Struct):
+    """The newest result of each fault, and what they were measured on."""
+
+    machine: dict[str, Any]
+    faults: list[Result]
 
 
 def main(names: Sequence[str]) -> int:
@@ -62,7 +73,7 @@ def main(names: Sequence[str]) -> int:
                 _tell(folder, results, result)
         except NotInstalled as missing:
             print(f"  left out {', '.join(SERVERS)}: {missing}", flush=True)
-    print(table(results), folder / "report.json", sep="\n")
+    print(write(folder, results), folder / "report.json", sep="\n")
     return 0 if all(result.survived for result in results) else 1
 
 
@@ -121,29 +132,35 @@ def _tell(folder: Path, results: list[Result], result: Result) -> None:
     write(folder, results)
 
 
-def write(folder: Path, results: Sequence[Result]) -> None:
-    """The report as JSON for a machine and as a table in Markdown."""
+def write(folder: Path, results: Sequence[Result]) -> str:
+    """Put the results into the report, in place of earlier ones; returns its table."""
+    path = folder / "report.json"
+    known = msgspec.json.decode(path.read_bytes(), type=Report).faults if path.exists() else []
+    newest = {result.name: result for result in [*known, *results]}
+    order = [*(fault.name for fault in FAULTS), *SERVERS]
     machine = {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "load": os.getloadavg(),
     }
-    report = {"at": datetime.now(UTC), "machine": machine, "faults": results}
-    (folder / "report.json").write_bytes(to_json(report))
-    (folder / "report.md").write_text(table(results) + "\n", encoding="utf-8")
+    report = Report(machine, [newest[name] for name in order if name in newest])
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    shown = table(report.faults)
+    (folder / "report.md").write_text(shown + "\n", encoding="utf-8")
+    return shown
 
 
 def table(results: Sequence[Result]) -> str:
     """The results as a table in Markdown; times are seconds."""
     rows = [HEAD, ("---",) * len(HEAD)]
     for r in results:
-        shown = r.noticed_s, r.well_s, r.silent_s, r.acknowledged, r.lost, r.twice
+        times = r.noticed_s, r.answers_s, r.well_s, r.silent_s
+        shown = ["-" if v is None else f"{v:g}" for v in times]
+        counts = [str(count) for count in (r.acknowledged, r.lost, r.twice)]
         said = r.run if r.survived else f"{r.run} **{'; '.join(r.faults)}**"
-        rows.append(
-            (r.process, f"`{r.during}`", *("-" if v is None else str(v) for v in shown), said)
-        )
+        load = "-" if r.load is None else f"{r.load:.0f}"
+        rows.append((r.process, f"`{r.during}`", *shown, *counts, said, load))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import msgspec
 import pyarrow.parquet as pq
 from dagster import AssetKey, DagsterEventType, DagsterRun
 
@@ -133,8 +132,3 @@ def _fault_of(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
     return None
-
-
-def to_json(value: object) -> bytes:
-    """JSON a person can read."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2)

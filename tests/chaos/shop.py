@@ -235,8 +235,15 @@ class Shop:
             time.sleep(every)
         raise NotThere(f"not within {seconds:.0f} s: {name}")
 
-    def ailments(self, heartbeat_after: float | None = None) -> list[str]:
-        """What does not work at this moment, a sentence each.
+    def ailments(self) -> list[str]:
+        """What does not answer or is not finished at this moment, a sentence each."""
+        unfinished = self.instance.get_runs(RunsFilter(statuses=UNFINISHED))
+        return self.silent() + [
+            f"run {run.run_id} of {run.job_name} is {run.status.value}" for run in unfinished
+        ]
+
+    def silent(self, heartbeat_after: float | None = None) -> list[str]:
+        """What does not answer at this moment, a sentence each.
 
         heartbeat_after: a time of the epoch from which on each of Dagster's daemons has to have
         given a sign of life.
@@ -263,8 +270,6 @@ class Shop:
         for daemon in daemons:
             if daemon["required"] and (daemon["lastHeartbeatTime"] or 0) < since:
                 found.append(f"the daemon {daemon['daemonType']} gives no sign of life")
-        unfinished = self.instance.get_runs(RunsFilter(statuses=UNFINISHED))
-        found += [f"run {r.run_id} of {r.job_name} is {r.status.value}" for r in unfinished]
         return found
 
     def _run_once(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 
 import msgspec
 import psutil
@@ -24,17 +26,21 @@ MOMENT, SHORT_S = 0.4, 3.0
 class Result(msgspec.Struct):
     """What came of a fault. Seconds are counted from the kill.
 
-    during: the step that was going on, as Dagster has it.
-    noticed_s: until somebody did something about it: the run was closed as failed, or the process
-    was there again. well_s: until everything answered, no run was unfinished, and what was begun
-    was done. silent_s: the longest time without an answer of the service. run: how the run that was
-    going on ended, and what of it was done twice. faults: what did not hold, by invariant.
+    during: the step that was going on, as Dagster has it. at, load: of the kill, the latter of the
+    machine in the minute before. noticed_s: until the run was closed as failed, or the process was
+    there again. answers_s: until everything answered. well_s: until no run was unfinished either,
+    and what the run was to do was done. silent_s: the longest time without an answer of the
+    service. run: how the run that was going on ended, and what of it was done twice. faults: what
+    did not hold, by invariant.
     """
 
     name: str
     process: str
     during: str
+    at: datetime | None = None
+    load: float | None = None
     noticed_s: float | None = None
+    answers_s: float | None = None
     well_s: float | None = None
     silent_s: float | None = None
     acknowledged: int = 0
@@ -58,6 +64,7 @@ def strike(shop: Shop, clients: Clients, invariants: Invariants, fault: Fault) -
         run_id = _bring_about(shop, fault)
         victim = fault.victim(shop, run_id)
         before = shop.steps(run_id, DagsterEventType.STEP_SUCCESS)
+        result.at, result.load = datetime.now(UTC), round(os.getloadavg()[0], 1)
         killed, at = time.monotonic(), time.time()
         victim.kill()
         result.during = _open_step(shop, run_id) or f"{fault.step}, just done"
@@ -69,12 +76,13 @@ def strike(shop: Shop, clients: Clients, invariants: Invariants, fault: Fault) -
         shop.wait_for(
             lambda: (
                 clients.answered_since(max(killed, time.monotonic() - RECENT_S))
-                and not shop.ailments(heartbeat)
-                and _ended(shop, run_id)
+                and not shop.silent(heartbeat)
             ),
-            "all is well",
+            "everything answers",
             WELL_S,
         )
+        result.answers_s = _since(killed)
+        shop.wait_for(lambda: not shop.ailments() and _ended(shop, run_id), "all is well", WELL_S)
         well = time.monotonic()
         result.well_s = _since(killed)
         result.silent_s = round(clients.longest_silence(killed, well), 1)

@@ -6,12 +6,15 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 import yaml
 from command import Run
 from dagster import DagsterRunStatus
+from dagster._core.events import EngineEventData
 
+from churn_assets.defs.launch import LAUNCHED_BY, close_lost_runs
 from churn_assets.home import Home
 from churn_assets.lifecycle.relocation import relocate
 from tests.chaos.invariants import Invariants
@@ -54,6 +57,33 @@ def test_a_killed_run_is_tried_again_and_one_of_a_killed_code_server_goes_on(sho
     shop.wait_for(lambda: not invariants.decisions(), "decisions are carried out", PATIENCE_S)
     found = {name: look() for name, look in invariants.stored().items()}
     assert found == {name: [] for name in found}
+
+
+def test_only_runs_that_nobody_executes_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        monkeypatch.setattr(dg.DagsterInstance, "get", lambda: instance)
+        executing = {"alive": 11, "dead": 12, "ending": 13, "waiting": None, "by_command": 14}
+        for name, pid in executing.items():
+            tags = {LAUNCHED_BY: "churn rollback"} if name == "by_command" else {}
+            run = dg.DagsterRun("job", run_id=name, status=DagsterRunStatus.STARTED, tags=tags)
+            instance.add_run(run)
+            if pid is not None:
+                instance.report_engine_event("begun", run, EngineEventData.in_process(pid))
+
+        def alive() -> set[int]:
+            """Between the two looks at the runs one comes to its end."""
+            instance.delete_run("ending")
+            ended = dg.DagsterRun("job", run_id="ending", status=DagsterRunStatus.SUCCESS)
+            instance.add_run(ended)
+            return {11}
+
+        assert close_lost_runs(alive) == ["dead"]
+        closed = {run.run_id: run.status.value for run in instance.get_runs()}
+    assert closed.pop("dead") == "FAILURE"
+    assert closed.pop("ending") == "SUCCESS"
+    assert set(closed.values()) == {"STARTED"}
 
 
 def _other(shop: Shop, process: psutil.Process) -> bool:

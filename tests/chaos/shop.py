@@ -33,7 +33,7 @@ SHOP: Settings = {
     "quality_gates": {"p95_latency_ms": 5000, "log_loss_over_production": 0.5},
 }
 START_S = 600.0
-POLL_S, SOON_S = 0.1, 0.01
+POLL_S, SOON_S = 0.1, 0.02
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
     DagsterRunStatus.NOT_STARTED,
@@ -220,6 +220,8 @@ class Shop:
     def wait_until_in(self, run_id: str, step: str) -> None:
         """Wait until a run has begun a step."""
         begun = DagsterEventType.STEP_START
+        waiting = {DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
+        self.wait_for(lambda: self.status(run_id) not in waiting, f"run {run_id}", START_S)
         self.wait_for(
             lambda: step in self.steps(run_id, begun), f"run {run_id} in {step}", START_S, SOON_S
         )

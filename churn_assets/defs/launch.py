@@ -228,8 +228,9 @@ def close_lost_runs(alive: Callable[[], Container[int]]) -> list[str]:
         # more, as one may have come to its end.
         living = alive()
         lost = [run for run, pid in ours.items() if pid is not None and pid not in living]
-        filters = RunsFilter(run_ids=lost, statuses=EXECUTING)
-        dead = instance.get_runs(filters) if lost else []
+        # No ids at all would be every run.
+        still = RunsFilter(run_ids=lost, statuses=EXECUTING) if lost else None
+        dead = instance.get_runs(still) if still else []
         for run in dead:
             instance.report_run_failed(run, "The process that executed this run is gone.")
     return [run.run_id for run in dead]

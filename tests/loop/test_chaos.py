@@ -80,6 +80,7 @@ def test_only_runs_that_nobody_executes_are_closed(
             return {11}
 
         assert close_lost_runs(alive) == ["dead"]
+        assert close_lost_runs(alive) == []
         closed = {run.run_id: run.status.value for run in instance.get_runs()}
     assert closed.pop("dead") == "FAILURE"
     assert closed.pop("ending") == "SUCCESS"

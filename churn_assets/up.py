@@ -34,6 +34,7 @@ NEEDS_CODE = ("dagster", "daemon")
 CODE = "code"
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.2
+LOOK_AGAIN_S = 5.0
 _SETTLED = {
     # A run that did not begin in time goes back into the queue: a machine that is busy should not
     # begin it twice.
@@ -244,6 +245,7 @@ class _Orphans:
     close_lost_runs: Callable[[Callable[[], set[int]]], list[str]] | None
     living: list[psutil.Process] = field(default_factory=list)
     ended: bool = False
+    due: float = 0.0
 
     def look_for(self) -> None:
         """Take in what the code server that just died has left."""
@@ -251,18 +253,24 @@ class _Orphans:
         self.ended = True
 
     def some_may_have_ended(self) -> bool:
-        """Whether one has since the last look, or the code server has died since."""
+        """Whether one has since the last look, or the code server has died since; not too often."""
         alive = [process for process in self.living if _is_alive(process)]
         self.ended = self.ended or len(alive) < len(self.living)
         self.living = alive
-        return self.ended
+        return self.ended and time.monotonic() >= self.due
 
     def close_runs(self) -> None:
-        """Close the runs of those that have ended."""
+        """Close the runs of those that have ended; what goes wrong is said, and tried again."""
+        self.due = time.monotonic() + LOOK_AGAIN_S
+        try:
+            lost = self.close_lost_runs(self._alive) if self.close_lost_runs is not None else []
+        except Exception as error:
+            # Dagster's database may be busy: no reason to stop everything.
+            _say("up", f"error: cannot look for runs without a process: {error}", sys.stderr)
+            return
         self.ended = False
-        if self.close_lost_runs is not None:
-            for run in self.close_lost_runs(self._alive):
-                _say("up", f"run {run} has lost its process and is closed as failed", sys.stderr)
+        for run in lost:
+            _say("up", f"run {run} has lost its process and is closed as failed", sys.stderr)
 
     def _alive(self) -> set[int]:
         return {process.pid for process in members(self.token) if _is_alive(process)}

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 
-.PHONY: help env run up secrets drill backup restore upgrade evidently image test test-drill \
+.PHONY: help env run up secrets drill chaos backup restore upgrade evidently image test test-drill \
 	test-image bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
@@ -72,6 +72,9 @@ test-drill: env ## the short drill: the three worst cases, some ten minutes
 
 test-image: env ## the tests of the container, which need a container engine
 	@$(BIN)/python -m pytest -m image -rs tests/deploy
+
+chaos: env ## kill -9 of each process in turn, and what was lost; ONLY="code service" kills these
+	@$(BIN)/python -m tests.chaos $(ONLY)
 
 bench: env ## measure speed and memory; ONLY=features measures that alone
 	@$(BIN)/python -m tests.bench $(ONLY)

@@ -107,10 +107,10 @@ def up() -> None:
     with home.exclusive("up"):
         if home.has_data():
             home.claim(settings.identity())
-        from churn_assets.defs.launch import close_dead_server_runs
+        from churn_assets.defs.launch import close_dead_server_runs, close_lost_runs
 
         close_dead_server_runs()
-        code = run_all(home)
+        code = run_all(home, close_lost_runs=close_lost_runs)
     sys.exit(code)
 
 

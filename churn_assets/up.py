@@ -1,4 +1,4 @@
-"""`make up`: every process of the product on this machine, started and stopped together."""
+"""`make up`: every process of the product on this machine, started, kept and stopped together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
@@ -26,19 +26,59 @@ from churn_assets.home import PROJECT_ROOT, Home
 HOST = "127.0.0.1"
 # Every process below a `make up` inherits it, so that those whose parent has gone are found too.
 MARKER = "CHURN_UP"
+# Which of them a process belongs to, by the name of `commands`.
+PART = "CHURN_UP_PART"
 # Dagster keeps what a person switched on or off by this name.
 LOCATION = "churn_assets"
 # They ask the code server for its definitions as soon as they start.
 NEEDS_CODE = ("dagster", "daemon")
+CODE = "code"
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.2
+LOOK_AGAIN_S = 5.0
 _SETTLED = {
+    # A run that did not begin in time goes back into the queue: a machine that is busy should not
+    # begin it twice.
+    "DAGSTER_GRPC_TIMEOUT_SECONDS": "240",
     "PYTHONUNBUFFERED": "1",
     # MLflow's jobs judge language models; they would add four processes and state elsewhere.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     # MLflow's own affair; the filter is a literal prefix of the message.
     "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
 }
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """When a process that died is started again.
+
+    The first time after `delay_s`, then after twice as long each time. One that dies `limit` times
+    in a row is given up; it is in a row until it has lived for `steady_s`.
+    """
+
+    limit: int = 5
+    delay_s: float = 0.5
+    steady_s: float = 120.0
+
+
+@dataclass
+class _Part:
+    """One of the processes: how to start it, and how often in a row it has died."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen | None = None
+    deaths: int = 0
+    started: float = 0.0
+    due: float = 0.0
+
+    def died(self, now: float, restarts: Restarts) -> bool:
+        """Count a death; returns whether it is to be started again."""
+        lived = now - self.started
+        self.process = None
+        self.deaths = 1 if lived >= restarts.steady_s else self.deaths + 1
+        self.due = now + restarts.delay_s * 2 ** (self.deaths - 1)
+        return self.deaths < restarts.limit
 
 
 @dataclass(frozen=True)
@@ -122,7 +162,7 @@ def commands(home: Home, code_port: int) -> dict[str, list[str]]:
     scripts = Path(sys.executable).parent
     workspace = str(_workspace(home))
     found = {
-        "code": code_command(HOST, code_port),
+        CODE: code_command(HOST, code_port),
         "dagster": [
             *(str(scripts / "dagster-webserver"), "-w", workspace),
             *("-h", HOST, "-p", str(DAGSTER.port), "--dagster-log-level", "warning"),
@@ -164,62 +204,138 @@ def _write_workspace(home: Home, code_port: int) -> None:
     _workspace(home).write_text(yaml.safe_dump(document), encoding="utf-8")
 
 
-def run_all(home: Home, stop_timeout: float = STOP_TIMEOUT_S) -> int:
-    """Run everything until Ctrl-C or until one process ends; returns the exit code.
+def run_all(
+    home: Home,
+    stop_timeout: float = STOP_TIMEOUT_S,
+    restarts: Restarts | None = None,
+    close_lost_runs: Callable[[Callable[[], set[int]]], list[str]] | None = None,
+) -> int:
+    """Run everything until Ctrl-C, or until one process dies again and again.
 
-    0 when a person stopped it, or else that of the process that ended. Raises UserError when a port
-    is taken, before anything is started. Nothing that was started is left at the end, also when
-    this process is killed.
+    One that dies is started again, after what is left of it has been stopped. The runs of a code
+    server that died go on: they are processes of their own. Whenever one of those may have ended,
+    `close_lost_runs` is called with what tells the ids of the processes that are alive; it returns
+    the ids of the runs that nobody executes any more.
+
+    Returns the exit code: 0 when a person stopped it, or else that of the process that was given
+    up. Raises UserError when a port is taken, before anything is started. Nothing that was started
+    is left at the end, also when this process is killed.
     """
     check_ports()
-    running: dict[str, subprocess.Popen] = {}
+    restarts = restarts or Restarts()
     with _stop_asked_for() as asked, _family(stop_timeout) as token:
         # The store's URL may hold a password, which a command line would show to every user.
         store = {"MLFLOW_BACKEND_STORE_URI": home.mlflow_uri}
         environment = os.environ | home.environment() | _SETTLED | store | {MARKER: token}
         code_port = free_port()
         _write_workspace(home, code_port)
-        waiting = commands(home, code_port)
+        parts = [_Part(name, command) for name, command in commands(home, code_port).items()]
+        orphans = _Orphans(token, close_lost_runs)
         silent = started_here()
         _say("up", "starting; Ctrl-C stops everything")
         for server in SERVERS:
             if server.elsewhere:
                 _say("up", f"{server.title:14} {server.url}")
         while not asked:
-            for name in [n for n in waiting if n not in NEEDS_CODE or _listens(code_port)]:
-                running[name] = _start(name, waiting.pop(name), environment, mute=asked)
+            now = time.monotonic()
+            for part in parts:
+                if part.process is None:
+                    ready = part.name not in NEEDS_CODE or _listens(code_port)
+                    if now >= part.due and ready:
+                        part.process = _start(part, environment, mute=asked)
+                        part.started = now
+                elif (code := part.process.poll()) is not None and not asked:
+                    how = f"{part.name} stopped with exit code {code}"
+                    if not part.died(now, restarts):
+                        again = f", {part.deaths} times in a row" if part.deaths > 1 else ""
+                        _say("up", f"error: {how}{again}", sys.stderr)
+                        asked.append(signal.SIGTERM)
+                        return code if code > 0 else 1
+                    _say("up", f"{how}; it is started again", sys.stderr)
+                    if part.name == CODE:
+                        orphans.look_for()
+                    else:
+                        stop(token, stop_timeout, part.name)
+            # Whoever tries a lost run again asks the code server for its job.
+            if orphans.some_may_have_ended() and _listens(code_port):
+                orphans.close_runs()
             for server in [server for server in silent if _listens(server.port)]:
                 silent.remove(server)
                 _say("up", f"{server.title:14} {server.url}")
-            for name, process in running.items():
-                if (code := process.poll()) is not None and not asked:
-                    asked.append(signal.SIGTERM)
-                    _say("up", f"error: {name} stopped with exit code {code}", sys.stderr)
-                    return code if code > 0 else 1
             time.sleep(POLL_S)
         _say("up", "stopping")
     _say("up", "stopped")
     return 0
 
 
-def members(token: str) -> list[psutil.Process]:
-    """The living processes that were started, directly or not, with this marker."""
+@dataclass
+class _Orphans:
+    """The processes of runs whose code server died: nobody else sees them end."""
+
+    token: str
+    close_lost_runs: Callable[[Callable[[], set[int]]], list[str]] | None
+    living: list[psutil.Process] = field(default_factory=list)
+    ended: bool = False
+    due: float = 0.0
+
+    def look_for(self) -> None:
+        """Take in what the code server that just died has left."""
+        self.living = members(self.token, CODE)
+        self.ended = True
+
+    def some_may_have_ended(self) -> bool:
+        """Whether one has since the last look, or the code server has died since; not too often."""
+        alive = [process for process in self.living if _is_alive(process)]
+        self.ended = self.ended or len(alive) < len(self.living)
+        self.living = alive
+        return self.ended and time.monotonic() >= self.due
+
+    def close_runs(self) -> None:
+        """Close the runs of those that have ended; what goes wrong is said, and tried again."""
+        self.due = time.monotonic() + LOOK_AGAIN_S
+        try:
+            lost = self.close_lost_runs(self._alive) if self.close_lost_runs is not None else []
+        except Exception as error:
+            # Dagster's database may be busy: no reason to stop everything.
+            _say("up", f"error: cannot look for runs without a process: {error}", sys.stderr)
+            return
+        self.ended = False
+        for run in lost:
+            _say("up", f"run {run} has lost its process and is closed as failed", sys.stderr)
+
+    def _alive(self) -> set[int]:
+        return {process.pid for process in members(self.token) if _is_alive(process)}
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """A zombie has ended: only nobody has asked after it yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def members(token: str, part: str | None = None) -> list[psutil.Process]:
+    """The living processes that were started, directly or not, with this marker.
+
+    part: only those that belong to this one.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARKER) == token:
+            given = process.environ()
+            if given.get(MARKER) == token and part in (None, given.get(PART)):
                 found.append(process)
     return found
 
 
-def stop(token: str, timeout: float) -> None:
+def stop(token: str, timeout: float, part: str | None = None) -> None:
     """End every process with this marker; kill what has not gone after `timeout` seconds.
 
     Again and again, as a process may start another one while it is asked to stop.
     """
     deadline = time.monotonic() + timeout
     told: set[psutil.Process] = set()
-    while alive := members(token):
+    while alive := members(token, part):
         late = time.monotonic() > deadline
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -264,23 +380,21 @@ def _stop_asked_for() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(
-    name: str, command: list[str], environment: Mapping[str, str], *, mute: list[int]
-) -> subprocess.Popen:
+def _start(part: _Part, environment: Mapping[str, str], *, mute: list[int]) -> subprocess.Popen:
     """Start a process that Ctrl-C at the terminal does not reach; its lines carry its name.
 
     What it says once something is in `mute` is not shown: servers complain of being stopped.
     """
     process = subprocess.Popen(
-        command,
-        env=dict(environment),
+        part.command,
+        env=dict(environment) | {PART: part.name},
         cwd=PROJECT_ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    threading.Thread(target=_relay, args=(name, process.stdout, mute), daemon=True).start()
+    threading.Thread(target=_relay, args=(part.name, process.stdout, mute), daemon=True).start()
     return process
 
 

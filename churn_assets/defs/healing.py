@@ -284,7 +284,9 @@ def rollback_request(
     return dg.RunRequest(
         run_key=identity,
         run_config={"ops": {"production_release": {"config": change}}},
-        tags=decision_tags(identity, at),
+        # A decision is carried out once, however often it is tried; a person's word is not told
+        # apart from the same word said twice.
+        tags=decision_tags(identity, at) | {"dagster/max_retries": "2"},
     )
 
 

@@ -11,13 +11,19 @@ from churn_assets.lifecycle.registry import read_registry
 # Two runs that train at once would judge themselves against the same incumbent. One that refreshes
 # data needs what the one before it wrote, so these wait for each other too, in order.
 EXCLUSIVE = {"churn/exclusive": "training"}
+# A run whose process was killed is tried again. One that a step failed is not, where it is a gate
+# that refuses: it would refuse again. What only reads from a source or a server may find it back.
+# A person's rollback or trial is left alone: the registry may have changed before the kill, and
+# doing it again would go one version further.
+TRIED_AGAIN = {"dagster/max_retries": "2"}
+IF_KILLED = TRIED_AGAIN | {"dagster/retry_on_asset_or_op_failure": "false"}
 
 daily_refresh = asset_job(
     "daily_refresh",
     selection=dg.AssetSelection.assets(
         *SETTINGS.raw_tables, "customer_features", "churn_labels", "online_features"
     ),
-    tags={"churn/exclusive": "data"},
+    tags={"churn/exclusive": "data"} | TRIED_AGAIN,
     description="A day's events, its features, also online, and the labels that mature with it.",
 )
 training = asset_job(
@@ -30,7 +36,8 @@ training = asset_job(
         "promotion_decision",
         "registry_history",
     ),
-    tags=EXCLUSIVE,
+    # From the beginning: a model and its evaluation belong to one run, in MLflow as well.
+    tags=EXCLUSIVE | IF_KILLED | {"dagster/retry_strategy": "ALL_STEPS"},
     description="Train on what has matured, judge once, and register what passes the gates.",
 )
 # What brings a version into service; everything but the decision.
@@ -43,14 +50,14 @@ promotion = asset_job(
     "promotion",
     selection=dg.AssetSelection.assets(*_INTO_SERVICE),
     # The sensor asks once a decision, also when the run it asked for was stopped in the middle.
-    tags={"dagster/max_retries": "2"} | _ONE_PROMOTION,
+    tags=TRIED_AGAIN | _ONE_PROMOTION,
     description="Carry out the latest decision, package what is in Production and deploy it.",
 )
 approve_promotion = asset_job(
     "approve_promotion",
     selection=dg.AssetSelection.assets("promotion_decision", *_INTO_SERVICE),
     config={"ops": {"promotion_decision": {"config": {"who": "", "why": ""}}}},
-    tags=_ONE_PROMOTION | _URGENT,
+    tags=_ONE_PROMOTION | _URGENT | IF_KILLED,
     description=(
         "A person puts the version in Staging into Production: who, why, and the version when it "
         "is not the newest."
@@ -91,7 +98,7 @@ stop_trial = asset_job(
 drift = asset_job(
     "drift",
     selection=dg.AssetSelection.assets("drift_report"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Compare the last days' requests with what the model in Production learned from.",
 )
 # Where trials are the evidence, a report is followed by the decision.
@@ -111,7 +118,7 @@ treatment = asset_job(
 performance = asset_job(
     "performance",
     selection=dg.AssetSelection.assets("performance_report"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Hold the version in Production against what has become known of its predictions.",
 )
 watch_service = asset_job(
@@ -125,7 +132,7 @@ watch_service = asset_job(
 ingest_predictions = asset_job(
     "ingest_predictions",
     selection=dg.AssetSelection.assets("prediction_log"),
-    tags={"churn/exclusive": "prediction_log"},
+    tags={"churn/exclusive": "prediction_log"} | TRIED_AGAIN,
     description="Bring what services answered from their log into the lake.",
 )
 
@@ -133,7 +140,7 @@ ingest_predictions = asset_job(
 decisions = asset_job(
     "decisions",
     selection=dg.AssetSelection.assets("feed_health", "retraining_decision", "rollback_decision"),
-    tags={"churn/exclusive": "monitoring"},
+    tags={"churn/exclusive": "monitoring"} | IF_KILLED,
     description="Decide whether to retrain and whether to roll back; sensors carry it out.",
 )
 health = asset_job(

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import NoReturn
@@ -37,8 +37,11 @@ from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import DeploymentRecord
 from churn_assets.lifecycle.registry import read_registry
 
-LAUNCHER = {"churn/launched_by": "make run"}
-BY_HAND = {"churn/launched_by": "churn"}
+LAUNCHED_BY = "churn/launched_by"
+LAUNCHER = {LAUNCHED_BY: "make run"}
+BY_HAND = {LAUNCHED_BY: "churn"}
+# Whoever called the command calls it again; a daemon would do it behind their back.
+NOT_AGAIN = {"dagster/max_retries": "0"}
 EXECUTING = [
     DagsterRunStatus.NOT_STARTED,
     DagsterRunStatus.STARTING,
@@ -97,7 +100,7 @@ class Launcher:
         Raises UserError for what a person can mend, KeyboardInterrupt when a person stopped it;
         any other error of a step is raised as it is.
         """
-        tags = {**LAUNCHER, **(why or {})}
+        tags = {**LAUNCHER, **NOT_AGAIN, **(why or {})}
         if days:
             tags |= range_tags(*days)
         started = time.monotonic()
@@ -239,6 +242,37 @@ def close_dead_server_runs(
         for run in dead:
             instance.report_run_failed(run, why)
     return [run.run_id for run in dead]
+
+
+def close_lost_runs(alive: Callable[[], Container[int]]) -> list[str]:
+    """Fail the runs whose process is none of `alive()`, ids of processes; returns the runs' ids.
+
+    For runs a code server started, whose process it watches as long as it lives itself. One that
+    has not begun has no process yet: the time it is given for that ends it.
+    """
+    with DagsterInstance.get() as instance:
+        executing = instance.get_runs(RunsFilter(statuses=EXECUTING))
+        ours = {run.run_id: _process_of(instance, run) for run in executing}
+        # Asked after the runs, so that the process of each has begun, and then for the runs once
+        # more, as one may have come to its end.
+        living = alive()
+        lost = [run for run, pid in ours.items() if pid is not None and pid not in living]
+        # No ids at all would be every run.
+        still = RunsFilter(run_ids=lost, statuses=EXECUTING) if lost else None
+        dead = instance.get_runs(still) if still else []
+        for run in dead:
+            instance.report_run_failed(run, "The process that executed this run is gone.")
+    return [run.run_id for run in dead]
+
+
+def _process_of(instance: DagsterInstance, run: dg.DagsterRun) -> int | None:
+    """The process a code server has started for `run`, as Dagster noted it."""
+    if LAUNCHED_BY in run.tags:
+        return None
+    noted = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+    events = [entry.get_dagster_event().engine_event_data.metadata for entry in noted]
+    pids = [metadata["pid"].value for metadata in events if "pid" in metadata]
+    return int(str(pids[-1])) if pids else None
 
 
 def reconcile_mlflow(home: Home) -> dict[str, Ending]:
@@ -387,9 +421,7 @@ def act(home: Home, job: str, asset: str, config: Mapping[str, object]) -> None:
     Raises UserError when it is refused; what serves goes on serving.
     """
     with _launching(home, alone=False) as launcher:
-        outcome = launcher.run(
-            job, job, why={"churn/launched_by": f"churn {job}"}, config={asset: config}
-        )
+        outcome = launcher.run(job, job, why={LAUNCHED_BY: f"churn {job}"}, config={asset: config})
         outcome.require()
         registry = read_registry(launcher.project.mlflow_client(), SETTINGS.model_name)
         print(f"version {registry.production} is in Production (Dagster run {outcome.run_id})")

@@ -31,7 +31,7 @@ from churn_assets.lifecycle.bento import build_bento
 from churn_assets.lifecycle.pointer import Current, point_at
 from churn_assets.lifecycle.release import build_release, reference_statistics
 from churn_assets.modeling.onnx_export import export_onnx
-from churn_assets.up import DAGSTER, MARKER, SERVERS, check_ports, free_port
+from churn_assets.up import DAGSTER, MARKER, PART, SERVERS, check_ports, free_port
 
 PATIENCE_S = 120
 INSTIGATORS = """{
@@ -235,7 +235,7 @@ def commands(home, code_port):
 up.commands = commands
 home = Home.from_environment()
 home.prepare()
-sys.exit(up.run_all(home, stop_timeout=1))
+sys.exit(up.run_all(home, stop_timeout=1, restarts=up.Restarts(limit=3, delay_s=0.1)))
 """
 
 
@@ -262,7 +262,7 @@ def test_nothing_is_left_when_it_is_killed(home: Path, tmp_path: Path) -> None:
     wait_for(lambda: not processes_of(home), up, alive=False)
 
 
-def test_one_that_dies_ends_all_and_is_named(home: Path, tmp_path: Path) -> None:
+def test_one_that_dies_again_and_again_ends_all_and_is_named(home: Path, tmp_path: Path) -> None:
     log = str(tmp_path / "up.log")
     dying = f"""if True:
         import pathlib, time
@@ -271,8 +271,30 @@ def test_one_that_dies_ends_all_and_is_named(home: Path, tmp_path: Path) -> None
         raise SystemExit(7)"""
     up = start_stand_ins(home, tmp_path, dying)
     assert up.process.wait(PATIENCE_S) == 7
-    assert "error: other stopped with exit code 7" in up.text()
+    assert up.text().count("other stopped with exit code 7; it is started again") == 2
+    assert "error: other stopped with exit code 7, 3 times in a row" in up.text()
     assert processes_of(home) == []
+
+
+def test_a_killed_one_is_started_again_without_what_it_left(home: Path, tmp_path: Path) -> None:
+    up = start_stand_ins(home, tmp_path, "import time; time.sleep(600)")
+    wait_for(lambda: "stubborn is there" in up.text(), up)
+    boss, child = stand_ins(home, "stubborn")
+    (other,) = stand_ins(home, "other")
+    boss.kill()
+    wait_for(lambda: up.text().count("stubborn is there") == 2, up)
+    assert "stubborn stopped with exit code -9; it is started again" in up.text()
+    assert not {boss, child} & set(stand_ins(home, "stubborn"))
+    assert len(stand_ins(home, "stubborn")) == 2
+    assert stand_ins(home, "other") == [other]
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(PATIENCE_S) == 0
+
+
+def stand_ins(home: Path, part: str) -> list[psutil.Process]:
+    """The processes of one part, the oldest first."""
+    found = [p for p in processes_of(home) if p.environ().get(PART) == part]
+    return sorted(found, key=psutil.Process.create_time)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # They bring a home to the format of this code, or keep it as it is.
 _OF_ANY_FORMAT = ("backup", "restore", "upgrade")
+_CODE_SERVER_STOP_S = 20.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -190,7 +191,12 @@ def code_server(port: int, host: str) -> None:
             sys.exit(server.wait())
         except KeyboardInterrupt:
             server.terminate()
-            server.wait()
+            try:
+                server.wait(_CODE_SERVER_STOP_S)
+            except subprocess.TimeoutExpired:
+                # It ends by interrupting itself, which whoever runs it in the background has off.
+                server.kill()
+                server.wait()
             sys.exit(0)
 
 

@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 
 .PHONY: help env run up secrets drill chaos backup restore upgrade evidently image test test-drill \
-	test-image bench lint lint-workflows format lock audit scan-secrets sbom clean
+	test-image test-platform bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -75,6 +75,9 @@ test-image: env ## the tests of the container, which need a container engine
 
 chaos: env ## kill -9 of each process in turn, and what was lost; ONLY="code service" kills these
 	@$(BIN)/python -m tests.chaos $(ONLY)
+
+test-platform: env ## the tests of the platform's image, which need an engine, Postgres and Redis
+	@$(BIN)/python -m pytest -m platform -rs tests/deploy
 
 bench: env ## measure speed and memory; ONLY=features measures that alone
 	@$(BIN)/python -m tests.bench $(ONLY)

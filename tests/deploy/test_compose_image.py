@@ -29,7 +29,7 @@ from churn_assets.home import PROJECT_ROOT
 from churn_assets.lifecycle.container import package_index
 from churn_assets.lifecycle.serving import HOST
 
-pytestmark = pytest.mark.image
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(1700)]
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
 IMAGE = "churn-assets:0.1.0"

@@ -62,7 +62,8 @@ def read_marker(root: Path) -> Marker | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Marker)
     except (FileNotFoundError, NotADirectoryError):
-        # A file in the place of a home is told when it is to be made. Whatever used a home has handed Dagster its configuration first.
+        # A file in the place of a home is told when it is to be made. Whatever used a home has
+        # handed Dagster its configuration first.
         made = (root / "dagster" / "dagster.yaml").exists()
         return Marker(dict(BEFORE_THE_MARKER), {}) if made else None
     except (OSError, msgspec.DecodeError) as error:

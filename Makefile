@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 
 .PHONY: help env run up secrets drill chaos backup restore upgrade evidently image test test-drill \
-	test-image test-platform bench lint lint-workflows format lock audit scan-secrets sbom clean
+	test-image test-platform test-parts bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -78,6 +78,9 @@ chaos: env ## kill -9 of each process in turn, and what was lost; ONLY="code ser
 
 test-platform: env ## the tests of the platform's image, which need an engine, Postgres and Redis
 	@$(BIN)/python -m pytest -m platform -rs tests/deploy
+
+test-parts: env ## a whole life on Postgres, Redis, S3 and an MLflow server at once, some minutes
+	@$(BIN)/python -m pytest -m parts -rs tests/loop/test_parts.py
 
 bench: env ## measure speed and memory; ONLY=features measures that alone
 	@$(BIN)/python -m tests.bench $(ONLY)

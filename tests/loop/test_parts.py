@@ -31,7 +31,7 @@ from churn_assets.lifecycle.lock import registry_lock
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.up import SERVERS, free_port
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.parts, pytest.mark.timeout(1500)]
 
 # Small windows and few customers: what comes of the servers is the same, in half the time.
 SHOP: Mapping[str, Any] = {

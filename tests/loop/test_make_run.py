@@ -607,17 +607,17 @@ def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, t
     written = re.findall(
         r"(?:^    |`)(\.venv/bin/churn [^`\n]*)", (ROOT / "README.md").read_text(), re.M
     )
-    # Nothing is in Staging: every version that passed went on by itself.
+    # Nothing is in Staging: every version that passed went on by itself. And this shop is small.
     (approve,) = [command for command in written if " approve " in command]
+    (validate,) = [command for command in written if " validate-data " in command]
     # What is validated is the training set that a command before it has brought back.
     training_set = tmp_path / "training_set.parquet"
     script = ["set -e"]
     for command in written:
-        if "training-set" in command:
-            command += f" --out {training_set}"
-        command = command.replace(" FILE ", f" {training_set} ")
-        said = f"{command} > {tmp_path}/{len(script)}.txt"
-        script.append(f"! {said} 2>&1" if command == approve else said)
+        typed = command + (f" --out {training_set}" if "training-set" in command else "")
+        typed = typed.replace(" FILE ", f" {training_set} ")
+        told = f"{typed} > {tmp_path}/{len(script)}.txt"
+        script.append(f"! {told} 2>&1" if command in (approve, validate) else told)
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=ROOT,
@@ -633,8 +633,10 @@ def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, t
         for place, command in enumerate(written, start=1)
     }
     assert len(said) >= 8
-    assert all(said.values()), [command for command, text in said.items() if not text]
-    assert "nothing is in Staging" in said[approve] or "Staging" in said[approve]
+    # Nothing is to be reconciled.
+    assert [command for command, text in said.items() if not text] == [".venv/bin/churn reconcile"]
+    assert "no version is in Staging" in said[approve]
+    assert "min_rows" in said[validate]
 
 
 def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import runpy
 import signal
 import sqlite3
 import subprocess
@@ -113,8 +113,10 @@ def test_a_home_is_refused_by_the_command_and_by_the_code_location(
     from_before_the_marker(home)
     with pytest.raises(UserError, match="run `churn upgrade`"):
         cli.main(["versions"], standalone_mode=False)
+    # Another test of this process may have loaded it, for another home.
+    monkeypatch.delitem(sys.modules, "churn_assets.definitions", raising=False)
     with pytest.raises(UserError, match="run `churn upgrade`"):
-        runpy.run_module("churn_assets.definitions")
+        importlib.import_module("churn_assets.definitions")
 
 
 def test_a_home_from_before_there_was_a_marker_is_migrated_once(

@@ -237,17 +237,9 @@ def openapi(release: Path | None, by_id: bool, keys: bool | None) -> None:
 @click.argument("names", nargs=-1, metavar="[CASE]...")
 @click.option("--short", is_flag=True, help="Only the three worst, shortened.")
 @click.option("--jobs", type=click.IntRange(1, 16), default=2, help="Cases at a time. Default: 2.")
-@click.option("--start", hidden=True, type=int)
-@click.option("--one", hidden=True, is_flag=True)
-@click.option("--home-of", hidden=True, type=click.Path(path_type=Path))
-def drill(
-    names: tuple[str, ...],
-    short: bool,
-    jobs: int,
-    start: int | None,
-    one: bool,
-    home_of: Path | None,
-) -> None:
+@click.option("--begin", "begins", hidden=True, is_flag=True)
+@click.option("--from", "start", hidden=True, type=click.Path(path_type=Path))
+def drill(names: tuple[str, ...], short: bool, jobs: int, begins: bool, start: Path | None) -> None:
     """Run CASEs of the drill, or all: months of a simulated shop, and what the loop makes of them.
 
     Writes report.json and report.html to CHURN_HOME/drill. Exits with 1 when a goal is missed.
@@ -255,14 +247,14 @@ def drill(
     from churn_assets.drill.cases import CASES, SHORT, case_named
 
     home = Home.from_environment()
-    if start is not None or one:
+    if begins or start is not None:
         from churn_assets.defs.drill import begin, run_and_write
 
         home.prepare()
-        if home_of is None:
+        if start is None:
             begin(home)
-        if one:
-            run_and_write(case_named(names[0], short=short), home, home_of)
+        else:
+            run_and_write(case_named(names[0], short=short), home, start)
         return
     from churn_assets.drill.runner import run_cases
 

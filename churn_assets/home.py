@@ -241,16 +241,17 @@ class Home:
 
     @contextmanager
     def exclusive(self, command: str = "run") -> Generator[None]:
-        """Hold the home for one `make <command>`; the lock goes with the process, however it ends.
+        """Hold the home for one `churn <command>`; the lock goes with the process, however it ends.
 
         Raises UserError when another one holds it.
         """
+        typed = f"{'make' if command in ('run', 'up') else 'churn'} {command}"
         with (self.root / f"{command}.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another `make {command}` is using {self.root}; wait for it or set CHURN_HOME "
+                    f"another `{typed}` is using {self.root}; wait for it or set CHURN_HOME "
                     "to another folder"
                 ) from None
             yield

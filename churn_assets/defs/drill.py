@@ -134,15 +134,14 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
     )
 
 
-def run_and_write(case: Case, home: Home, copied_from: Path | None) -> None:
+def run_and_write(case: Case, home: Home, copied_from: Path) -> None:
     """Run `case` by the clock CHURN_CLOCK names, and write what it came to into the home.
 
-    copied_from: where the months before it were spent, if not in this home.
+    copied_from: the home in which the months before it were spent.
     """
-    if copied_from is not None:
-        relocate(home, copied_from)
-        # Up to the change, the shop of the case is the stable one.
-        home.claim(SETTINGS.identity(), anew=True)
+    relocate(home, copied_from)
+    # Up to the change, the shop of the case is the stable one.
+    home.claim(SETTINGS.identity(), anew=True)
     result = run_case(case, home, Path(os.environ[CLOCK_VARIABLE]))
     path = home.root / OUTCOME
     path.parent.mkdir(parents=True, exist_ok=True)

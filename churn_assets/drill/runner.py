@@ -78,7 +78,7 @@ class _Processes:
     def start(self, case: Case) -> Path | str:
         """The home in which `case`, a start, has been trained; or how its process ended."""
         root = self._home(case)
-        ended = self._run(root, case, "--start", str(case.customers))
+        ended = self._run(root, case, "--begin")
         return ended or root
 
     def case(self, case: Case, start: Future[Path | str]) -> Outcome | str:
@@ -90,7 +90,7 @@ class _Processes:
         shutil.copytree(begun, root, ignore=shutil.ignore_patterns("*.lock"))
         print(f"  {case.name:24} begins ({case.days} days)", flush=True)
         short = ["--short"] if self._short else []
-        if ended := self._run(root, case, "--one", "--home-of", str(begun), *short, case.name):
+        if ended := self._run(root, case, "--from", str(begun), *short, case.name):
             return ended
         found = msgspec.json.decode((root / OUTCOME).read_bytes(), type=Outcome)
         print(f"  {case.name:24} done in {found.seconds:.0f} s", flush=True)

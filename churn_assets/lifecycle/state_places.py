@@ -38,7 +38,7 @@ _LAST = (
 _LOG = "serving/log"
 _PASSING = re.compile(
     r"^\.tmp-|^\..+(-\d+|\.tmp)$|^\.(restore|replaced|backup)-"
-    r"|^(run|up)\.lock$|\.(db|sqlite)\.lock$|^\..+\.lock$|-(wal|shm|journal)$"
+    r"|^(run|up|prepare|code-server)\.lock$|\.(db|sqlite)\.lock$|^\..+\.lock$|-(wal|shm|journal)$"
 )
 # Neither homes of drills nor measurements are state; the rest is of a process that runs.
 _NOT_STATE = {"drill", "bench", "node", RESTORING}

@@ -23,7 +23,24 @@ class NotInstalled(Exception):
     """A program of the server is not on this machine; the message names it."""
 
 
-class Postgres:
+class _Server:
+    """A server that whoever keeps it starts again a little after it died."""
+
+    _server: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it with what it kept, and wait until it answers."""
+        raise NotImplementedError
+
+    def start_again(self) -> None:
+        """As whoever keeps it would, a little later."""
+        assert self._server is not None
+        self._server.wait(READY_S)
+        time.sleep(DOWN_S)
+        self.start()
+
+
+class Postgres(_Server):
     """A Postgres of its own on a free port, with its data in `folder`."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +51,6 @@ class Postgres:
         self._programs = found[-1] if found else Path(str(shutil.which("postgres"))).parent
         # Postgres refuses to run as root.
         self._as = ["runuser", "-u", "postgres", "--"] if getpass.getuser() == "root" else []
-        self._server: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
@@ -68,13 +84,6 @@ class Postgres:
         started = psutil.Process(self._server.pid)
         return started.children()[0] if self._as else started
 
-    def start_again(self) -> None:
-        """As whoever keeps it would, a little later."""
-        assert self._server is not None
-        self._server.wait(READY_S)
-        time.sleep(DOWN_S)
-        self.start()
-
     def stop(self) -> None:
         """End it; its data stays."""
         if self._server is not None and self._server.poll() is None:
@@ -82,14 +91,13 @@ class Postgres:
             self._server.wait(READY_S)
 
 
-class Redis:
+class Redis(_Server):
     """A Redis of its own on a free port, which keeps what it is told in an append-only file."""
 
     def __init__(self, folder: Path) -> None:
         self._data, self._port = folder / "redis", free_port()
         if shutil.which("redis-server") is None:
             raise NotInstalled("Redis is not installed")
-        self._server: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
@@ -123,13 +131,6 @@ class Redis:
         """The server."""
         assert self._server is not None
         return psutil.Process(self._server.pid)
-
-    def start_again(self) -> None:
-        """As whoever keeps it would, a little later."""
-        assert self._server is not None
-        self._server.wait(READY_S)
-        time.sleep(DOWN_S)
-        self.start()
 
     def stop(self) -> None:
         """End it; its data stays."""

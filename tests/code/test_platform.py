@@ -92,7 +92,7 @@ def test_the_code_server_closes_what_an_earlier_one_left_and_ends_when_told(
             assert closed.status == dg.DagsterRunStatus.FAILURE
             again = subprocess.run(command, env=environment, cwd=PROJECT_ROOT, capture_output=True)
             assert again.returncode == 2
-            assert b"another `make code-server` is using" in again.stderr
+            assert b"another `churn code-server` is using" in again.stderr
         finally:
             server.send_signal(signal.SIGTERM)
             said, _ = server.communicate()

@@ -127,7 +127,7 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
         events,
         lost=_lost(case, counts),
         human_steps=_human_steps(history),
-        failed_runs=len(failed),
+        failed_runs=len(failed) + len(daemon.failed_ticks),
         requests=requests,
         horizon_days=SETTINGS.windows.horizon_days,
         seconds=time.monotonic() - begun,
@@ -309,6 +309,7 @@ def _events(project: Project, daemon: SimulatedDaemon) -> list[Event]:
         for run in daemon.runs
         if not run.success
     ]
+    found += [Event(t.at, "run", f"{t.sensor} failed", t.why) for t in daemon.failed_ticks]
     return sorted(found, key=lambda event: event.at)
 
 

@@ -40,6 +40,15 @@ class SimulatedRun:
     tags: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class FailedTick:
+    """An evaluation of a sensor that failed: of which, when, and why."""
+
+    sensor: str
+    at: datetime
+    why: str
+
+
 class State(msgspec.Struct):
     """What a daemon knows from one start to the next: cursors and the last tick."""
 
@@ -72,6 +81,7 @@ class SimulatedDaemon:
     after_run: Callable[[], None] = lambda: None
     sensors_every: timedelta = timedelta(0)
     runs: list[SimulatedRun] = field(default_factory=list)
+    failed_ticks: list[FailedTick] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         try:
@@ -160,7 +170,14 @@ class SimulatedDaemon:
             sensor_name=sensor.name,
             resources=self.resources,
         ) as context:
-            asked = sensor.evaluate_tick(context)
+            try:
+                asked = sensor.evaluate_tick(context)
+            # As Dagster does: a sensor that fails is shown, keeps no other from its tick, and is
+            # evaluated from where it was the next time.
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                self.failed_ticks.append(FailedTick(sensor.name, moment, why))
+                return False
         ran = False
         for request in asked.run_requests or []:
             job = request.job_name or sensor.job_name

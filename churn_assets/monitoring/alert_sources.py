@@ -87,19 +87,19 @@ def check_alert(
     rule = Response(_NOT_SERVED if error and blocking else _SHOWN)
     response = RESPONSES.get(name) or RESPONSES.get(asset) or rule
     severity = response.severity or ("critical" if error else "warning")
-    if not error and figures.get("verdict") == "insufficient":
-        # Nothing was found to be wrong: there was too little to look at.
-        severity = "info"
+    # Nothing was found to be wrong: there was too little to look at.
+    insufficient = not error and figures.get("verdict") == "insufficient"
     return Alert(
         id=id,
         key=f"{CHECK}{name}",
-        severity=severity,
+        severity="info" if insufficient else severity,
         title=f"{name} did not pass",
         what=description or f"The check {check} of {asset} did not pass.",
         doing=response.doing,
         raised_at=at,
         evidence=evidence_lines(figures),
         link=link,
+        patient=insufficient,
     )
 
 

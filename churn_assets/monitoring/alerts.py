@@ -26,7 +26,8 @@ class Alert(msgspec.Struct, frozen=True):
 
     id: the same for the same event, however often that is read. key: what it is about; alerts of
     one key are one condition, told once while it lasts. evidence: a line each. doing: what the
-    system does about it. raised_at: operational time.
+    system does about it. raised_at: operational time. patient: nothing was found to be wrong, and it
+    is told only once it has lasted.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Alert(msgspec.Struct, frozen=True):
     raised_at: datetime
     evidence: tuple[str, ...] = ()
     link: str | None = None
+    patient: bool = False
 
 
 class AlertUrl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,12 +59,14 @@ class AlertPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     urls: Apprise URLs, or AlertUrl where one has a floor or a name. repeat_hours: what is still
     open is told again. min_minutes: the least time between two messages about the same thing.
+    insufficient_hours: what could not be judged is told once it has been so for as long.
     dagster_url: where links lead; without one, Dagster's UI on this machine.
     """
 
     urls: tuple[str | AlertUrl, ...] = ()
     repeat_hours: float = 24.0
     min_minutes: float = 30.0
+    insufficient_hours: float = 72.0
     dagster_url: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +83,10 @@ class AlertPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"alerts.repeat_hours is {self.repeat_hours}; give hours above 0")
         if not (math.isfinite(self.min_minutes) and self.min_minutes >= 0):
             raise ValueError(f"alerts.min_minutes is {self.min_minutes}; give minutes from 0 on")
+        if not (math.isfinite(self.insufficient_hours) and self.insufficient_hours >= 0):
+            raise ValueError(
+                f"alerts.insufficient_hours is {self.insufficient_hours}; give hours from 0 on"
+            )
         if self.min_minutes > self.repeat_hours * 60:
             raise ValueError(
                 f"alerts.min_minutes ({self.min_minutes:g}) is longer than repeat_hours "
@@ -173,8 +181,9 @@ def due(condition: Condition, now: datetime, policy: AlertPolicy) -> Kind | None
     """The message to send about `condition` at `now`, if any.
 
     Between two messages lie `min_minutes` at least, so a condition that comes and goes is told of
-    that often at most; only one that became more severe is told of at once. A clock that was set
-    back holds nothing up.
+    that often at most; only one that became more severe is told of at once. A patient one waits
+    until it has lasted, and nobody hears of one that has not. A clock that was set back holds
+    nothing up.
     """
     told_at = condition.told_at
     waited = None if told_at is None or told_at > now else now - told_at
@@ -184,8 +193,11 @@ def due(condition: Condition, now: datetime, policy: AlertPolicy) -> Kind | None
             return None
         if condition.told == "open":
             return "resolved"
-        return "passed" if condition.opened else None
+        return "passed" if condition.opened and not condition.alert.patient else None
     if condition.told != "open":
+        patience = timedelta(hours=policy.insufficient_hours if condition.alert.patient else 0)
+        if timedelta(0) <= now - condition.since < patience:
+            return None
         return "raised" if rested else None
     if rank(condition.alert.severity) > rank(condition.told_severity or "info"):
         return "raised"

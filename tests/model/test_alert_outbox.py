@@ -123,6 +123,39 @@ def test_an_open_alert_is_told_once_then_once_a_day_and_resolved_once(outbox, po
     assert post.titles()[3:] == [RAISED]
 
 
+def unjudged(at: datetime = NOON) -> Alert:
+    return msgspec.structs.replace(alert(at=at, severity="info"), patient=True)
+
+
+def test_what_could_not_be_judged_is_told_once_it_has_lasted(outbox, post) -> None:
+    for hour in (0, 24, 48, 71):
+        outbox.raise_alert(unjudged(minutes(60 * hour)))
+        tick(outbox, post, minutes(60 * hour))
+    assert post.titles() == []
+    assert [condition.is_open for condition in outbox.open()] == [True]
+    tick(outbox, post, minutes(60 * 72))
+    assert post.titles() == [RAISED.replace("WARNING", "INFO")]
+    outbox.clear("check/orders.nulls", now=minutes(60 * 80))
+    tick(outbox, post, minutes(60 * 80))
+    assert post.titles()[1:] == [RESOLVED]
+
+
+def test_nobody_hears_of_what_could_be_judged_soon_enough(outbox, post) -> None:
+    outbox.raise_alert(unjudged())
+    tick(outbox, post, NOON)
+    outbox.clear("check/orders.nulls", now=minutes(600))
+    tick(outbox, post, minutes(600))
+    assert post.titles() == []
+
+
+def test_what_then_turns_out_to_be_wrong_is_told_at_once(outbox, post) -> None:
+    outbox.raise_alert(unjudged())
+    tick(outbox, post, NOON)
+    outbox.raise_alert(alert(at=minutes(5)))
+    tick(outbox, post, minutes(5))
+    assert post.titles() == [RAISED]
+
+
 def test_a_message_says_what_happened_the_evidence_and_what_is_done(outbox, post) -> None:
     outbox.raise_alert(alert())
     (message,) = outbox.make_messages(NOON, anybody=True)
@@ -483,6 +516,7 @@ def test_settings_of_alerts(tmp_path: Path) -> None:
         ("urls: ['json://a', 'json://a']", "same URL twice"),
         ("repeat_hours: 0", r"alerts\.repeat_hours is 0"),
         ("min_minutes: -1", r"alerts\.min_minutes is -1"),
+        ("insufficient_hours: -1", r"alerts\.insufficient_hours is -1"),
         ("repeat_hours: 1, min_minutes: 61", "longer than repeat_hours"),
         ("urls: [{url: 'json://a', min_severity: loud}]", "loud"),
         ("url: json://a", "unknown field `url`"),
@@ -569,8 +603,9 @@ def check(**figures: object) -> Alert:
 
 
 def test_too_little_to_judge_is_told_mildly() -> None:
-    assert check(verdict="insufficient").severity == "info"
-    assert check(verdict="drift").severity == "warning"
+    mild, drift = check(verdict="insufficient"), check(verdict="drift")
+    assert (mild.severity, mild.patient) == ("info", True)
+    assert (drift.severity, drift.patient) == ("warning", False)
 
 
 def test_figures_become_lines_and_tables_do_not() -> None:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
 import warnings
 from collections.abc import Generator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 from registry_cases import BOOTSTRAP, NOW, Model
+from tracking import tracking_server
 
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.errors import UserError
@@ -31,39 +25,13 @@ from churn_assets.lifecycle.release import (
 from churn_assets.lifecycle.serving import free_port
 from churn_assets.modeling.onnx_export import export_onnx
 
-PATIENCE_S = 120
-
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Generator[MlflowClient]:
     folder = tmp_path_factory.mktemp("server")
     url = f"http://127.0.0.1:{(port := free_port())}"
-    with (folder / "log").open("wb") as sink:
-        server = subprocess.Popen(
-            [
-                *(str(Path(sys.executable).parent / "mlflow"), "server", "--workers", "1"),
-                *("--host", "127.0.0.1", "--port", str(port)),
-                *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-                *("--artifacts-destination", str(folder / "artifacts")),
-            ],
-            cwd=folder,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline and server.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail((folder / "log").read_text())
+    with tracking_server(folder, port):
         yield MlflowClient(url)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(PATIENCE_S)
 
 
 def logged_in(client: MlflowClient, onnx: bytes) -> tuple[str, str]:

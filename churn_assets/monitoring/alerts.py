@@ -26,8 +26,8 @@ class Alert(msgspec.Struct, frozen=True):
 
     id: the same for the same event, however often that is read. key: what it is about; alerts of
     one key are one condition, told once while it lasts. evidence: a line each. doing: what the
-    system does about it. raised_at: operational time. patient: nothing was found to be wrong, and it
-    is told only once it has lasted.
+    system does about it. raised_at: operational time. patient: nothing was found to be wrong, and
+    it is told only once it has lasted.
     """
 
     id: str

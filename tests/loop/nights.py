@@ -1,7 +1,7 @@
 """Nights of a home by a turned clock, each when a line comes in; what was run goes out as JSON.
 
-The jobs and sensors are those of definitions.py, on the home's Dagster instance. The second argument
-is a process that is killed, with all of its group, when the first training is about to begin.
+The jobs and sensors are those of definitions.py, on the Dagster instance of the home. The second
+argument is a process that is killed, with all of its group, as the first training begins.
 """
 
 from __future__ import annotations

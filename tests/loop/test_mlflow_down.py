@@ -91,7 +91,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Generator[Nights]:
     store.mkdir()
     with ExitStack() as stack:
         server = stack.enter_context(tracking_server(store, port))
-        begun = churn(home.root, config, **more)
+        begun = churn(home.root, config, timeout=600, **more)
         assert begun.code == 0, begun
         before = read_current(home.current)
         process = stack.enter_context(

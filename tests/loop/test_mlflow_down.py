@@ -42,7 +42,6 @@ def settings() -> dict[str, Any]:
     others = ("prediction_log", "drift_report", "performance_report", "serving_health")
     return found | {
         "data_gate": {"min_rows": 1000},
-        "evaluation": {"resamples": 20},
         "retraining": {
             "modes": {"scheduled": "off", "drift": "off", "concept_drift": "off"},
             "new_label_days": 1,
@@ -104,7 +103,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Generator[Nights]:
                 env=environment(home.root, config, **more),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=(folder / "nights.log").open("wb"),
+                stderr=stack.enter_context((folder / "nights.log").open("wb")),
                 text=True,
             )
         )

@@ -20,7 +20,6 @@ from churn_assets.contract.online import is_redis
 from churn_assets.data.engines import DuckDBSettings, Engine, SparkSettings
 from churn_assets.data.features import earliest_feature_day
 from churn_assets.data.gate import GatePolicy
-from churn_assets.data.lake import spark_needs_a_folder
 from churn_assets.data.late import LatePolicy
 from churn_assets.data.mapping import check_timezone
 from churn_assets.data.sources import (
@@ -345,8 +344,6 @@ def load_settings(path: str | Path | None = None) -> Settings:
         ),
         serving=msgspec.structs.replace(settings.serving, prediction_log=log),
     )
-    if settings.engine == "spark" and settings.lake and "://" in settings.lake:
-        raise UserError(f"{chosen}: {spark_needs_a_folder(settings.lake)}")
     url = settings.online_store.url
     if url and is_redis(url) != (online.kind == "redis"):
         raise UserError(f"{chosen}: online_store.url does not go with kind: {online.kind}")

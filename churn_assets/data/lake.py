@@ -20,9 +20,9 @@ import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -51,6 +51,7 @@ _FILE = "part-0.parquet"
 _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$")
 _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
+_DAY_FIELD = pa.field(DAY, pa.date32())
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Lake:
         Only the files of those days are opened, or of `days` when given instead. `con` is an Ibis
         connection of one of the engines (data/engines.py).
         Raises UserError when `strict` and a day of [first, last] is missing, when nothing is there
-        and the schema is unknown, or for Spark and a lake that is not a folder.
+        and the schema is unknown.
         """
         days = self._wanted(table, first, last, days, strict=strict)
         if is_spark(con):
@@ -182,15 +183,31 @@ class Lake:
         return ibis.memtable(_with_day(RAW_TABLES[table].schema).empty_table())
 
     def _scan_by_spark(self, con: BaseBackend, table: str, days: Sequence[date]) -> ir.Table:
-        from churn_assets.data.spark import scan
+        from churn_assets.data.spark import scan, scan_by_python
 
-        if not self.on_disk:
-            raise spark_needs_a_folder(self.root)
         if not days and table not in RAW_TABLES:
             raise _nothing_there(table)
-        paths = [self.path(table, day) for day in days]
-        schema = pq.read_schema(paths[0]) if paths else RAW_TABLES[table].schema
-        return scan(cast("SparkBackend", con), f"{self.base}/{table}", paths, _with_day(schema))
+        schema = _with_day(self.schema(table, days[0]) if days else RAW_TABLES[table].schema)
+        spark = cast("SparkBackend", con)
+        if self.on_disk:
+            paths = [self.path(table, day) for day in days]
+            return scan(spark, f"{self.base}/{table}", paths, schema)
+        # Spark's own reader of object stores is jars that pyspark does not bring.
+        return scan_by_python(spark, partial(replace(self).read_day, table), days, schema)
+
+    def read_day(self, table: str, day: date) -> pa.Table:
+        """The rows of one partition with its `day`.
+
+        Raises UserError when it does not exist.
+        """
+        # Without a listing: whoever asks has made one.
+        try:
+            with self._reaching():
+                rows = self._partition(table, day)
+        except FileNotFoundError:
+            _refuse_missing(table, [day])
+            raise
+        return rows.append_column(_DAY_FIELD, pa.repeat(pa.scalar(day, pa.date32()), len(rows)))
 
     def read(
         self,
@@ -595,16 +612,8 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
     return None
 
 
-def spark_needs_a_folder(root: str) -> UserError:
-    """What to do about a lake that Spark cannot read."""
-    return UserError(
-        f"engine: spark cannot read the lake {root}; set lake to a folder that every machine of "
-        "the cluster has at the same path, or engine: duckdb, which reads object stores"
-    )
-
-
 def _with_day(schema: pa.Schema) -> pa.Schema:
-    return schema.append(pa.field(DAY, pa.date32()))
+    return schema.append(_DAY_FIELD)
 
 
 def _sha256(path: str) -> str | None:

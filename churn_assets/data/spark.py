@@ -1,7 +1,8 @@
 """Spark as an engine: a session of its own, the lake's files as tables, results as Arrow.
 
-Everything is SQL that Spark's own processes run: its workers need Java and the folder of the lake,
-and neither Python nor this package. Imported only where Spark is asked for.
+Everything is SQL that Spark's own processes run: over a lake in a folder its workers need Java and
+that folder, and neither Python nor this package. A lake in an object store is read by the workers'
+Python, with this package. Imported only where Spark is asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from typing import Any, cast
 
 import ibis
@@ -78,7 +81,11 @@ def open_spark(master: str, memory: str, conf: Mapping[str, str], spill: str) ->
     for name, value in settings.items():
         builder = builder.config(name, value)
     try:
-        with _environment("SPARK_LOCAL_IP", _LOOPBACK if local else None):
+        with (
+            _environment("SPARK_LOCAL_IP", _LOOPBACK if local else None),
+            # Of the workers: of the same version, at the same path unless the environment says.
+            _environment("PYSPARK_PYTHON", sys.executable),
+        ):
             session = builder.getOrCreate()
         try:
             yield ibis.pyspark.connect(session)
@@ -106,6 +113,30 @@ def scan(con: Backend, folder: str, paths: Sequence[str], schema: pa.Schema) -> 
     schema = _nullable(schema)
     reader = con._session.read.schema(_spark_schema(schema)).option("basePath", _uri(folder))
     return _table(con, reader.parquet(*(_literally(_uri(path)) for path in paths)), schema)
+
+
+def scan_by_python(
+    con: Backend, read: Callable[[date], pa.Table], days: Sequence[date], schema: pa.Schema
+) -> ir.Table:
+    """The rows of `read(day)` for each of `days`, unread.
+
+    `schema` is that of the rows. It is Python processes of the workers that call `read`, a day
+    each, so they need this package; `read` travels to them.
+    """
+    schema = _nullable(schema)
+    if not days:
+        return from_arrow(con, schema.empty_table())
+
+    def rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for day in batch.column(0).to_pylist():
+                yield from read(day).cast(schema).to_batches()
+
+    asked = con._session.createDataFrame(pa.table({"day": pa.array(days, pa.date32())}))
+    # Without it all days may come to one process.
+    frame = asked.repartition(len(days), "day").mapInArrow(rows, _spark_schema(schema))
+    # A query reads a table several times, and the store is far.
+    return _table(con, frame.persist(), schema)
 
 
 def from_arrow(con: Backend, rows: pa.Table) -> ir.Table:

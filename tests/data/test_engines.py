@@ -47,7 +47,6 @@ def test_the_engine_is_duckdb_unless_the_settings_say_spark(tmp_path: Path, monk
         ("duckdb: {memory: 80}", "Expected `str`"),
         ("duckdb: {memory: all}", "duckdb.memory is all; write it like 1500MB"),
         ("spark: {cores: 3}", "unknown field `cores`"),
-        ("engine: spark\nlake: s3://bucket/x", "cannot read the lake s3://bucket/x; set lake to a"),
         ("spark: {master: '${CHURN_NO_MASTER}'}", "spark.master needs ${CHURN_NO_MASTER}"),
     ],
 )

@@ -15,7 +15,7 @@ import ibis
 import pyarrow as pa
 import pytest
 from brute_force import DAY, FIRST, TICK, Event, raw_table
-from moto.server import ThreadedMotoServer
+from bucket import s3_endpoint
 from s3fs import S3FileSystem
 
 from churn_assets.contract.features import features_named
@@ -39,20 +39,8 @@ KEY_ID, SECRET = "AKIAWATCHTHISKEYID", "watch+this/secret+access+key"
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_CONFIG_FILE", os.devnull)
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-        open_lake(f"s3://{BUCKET}", f"http://{host}:{port}").filesystem.mkdir(BUCKET)
-        yield f"http://{host}:{port}"
-    server.stop()
+    with s3_endpoint(BUCKET, KEY_ID, SECRET) as url:
+        yield url
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from brute_force import Event, raw_table
+from bucket import s3_endpoint
 from cluster import QUICK_JAVA, standalone
 from dirt import (
     FEATURE_VALUES,
@@ -34,13 +35,14 @@ from dirt import (
 )
 from ibis.backends import BaseBackend
 from ibis.backends.pyspark import Backend
+from pyspark.errors import PySparkException
 
 from churn_assets.contract.features import FEATURES
 from churn_assets.data import ranges, refresh
 from churn_assets.data.engines import DuckDBSettings, SparkSettings, open_engine
 from churn_assets.data.features import customer_features, scan_look_back
 from churn_assets.data.gate import judge_schema, judge_schema_in_engine
-from churn_assets.data.lake import Lake
+from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.ranges import CustomerRange
 from churn_assets.data.refresh import refresh_features, refresh_labels
 from churn_assets.data.results import to_arrow
@@ -60,6 +62,7 @@ FIRST_FEATURES = START + timedelta(days=89)
 FIRST_LABELS = FIRST_FEATURES + timedelta(days=30)
 TABLES = ("orders", "support_tickets", "logins")
 WINDOWS = Windows()
+BUCKET = "raw"
 TICK = timedelta(microseconds=1)
 # Identifiers that a quotation, an order of text or a pattern could trip over.
 CUSTOMERS = [
@@ -114,7 +117,14 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+def endpoint() -> Generator[str]:
+    with s3_endpoint(BUCKET, "AKIAOFTHECLUSTER", "of/the+cluster") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def cluster(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """A cluster whose workers have the credentials of `endpoint`; where it is, a lake says."""
     if shutil.which("java") is None:
         pytest.skip("there is no Java; install Java 17 to test what runs on Spark")
     with standalone(tmp_path_factory.mktemp("cluster")) as master:
@@ -220,6 +230,53 @@ def test_labels_and_files_agree_to_the_last_bit(
     assert same_files(*lakes, "churn_labels") > 500
     churned = lakes[0].read("churn_labels")["churned"]
     assert 0 < pc.sum(churned).as_py() < len(churned)
+
+
+def put(lake: Lake, there: Lake, table: str, day: date) -> None:
+    """Copy a partition of `lake` to `there`."""
+    there.filesystem.pipe_file(there.path(table, day), Path(lake.path(table, day)).read_bytes())
+
+
+def test_a_lake_in_a_bucket_gives_the_same_files(
+    spark: BaseBackend, duckdb: BaseBackend, lake: Lake, endpoint: str, tmp_path: Path
+) -> None:
+    there, here = open_lake(f"s3://{BUCKET}/lake", endpoint), a_copy(lake, tmp_path / "here")
+    # As if the shop had opened then: every day is read by a process of Python.
+    since, last = FIRST_FEATURES - timedelta(days=29), FIRST_FEATURES + timedelta(days=1)
+    features = [feature for feature in FEATURES if feature.name != "support_tickets_90d"]
+    windows = Windows(activity_days=30, horizon_days=10)
+    for table in ("orders", "logins", superseded_table("orders")):
+        for day in lake.days(table):
+            if since <= day <= last:
+                put(lake, there, table, day)
+    for place, con in ((there, spark), (here, duckdb)):
+        refresh_features(
+            place,
+            con,
+            features,
+            ("orders", "logins"),
+            FIRST_FEATURES,
+            last,
+            windows,
+            data_start=since,
+        )
+    assert there.days("customer_features") == [FIRST_FEATURES, last]
+    for day in (FIRST_FEATURES, last):
+        theirs = there.filesystem.cat_file(there.path("customer_features", day))
+        assert theirs == Path(here.path("customer_features", day)).read_bytes()
+    assert sum(here.row_counts("customer_features").values()) > 50
+
+
+def test_a_partition_that_is_gone_is_named_by_the_worker(
+    spark: BaseBackend, lake: Lake, endpoint: str
+) -> None:
+    there = open_lake(f"s3://{BUCKET}/gone", endpoint)
+    for day in (START, START + timedelta(days=1)):
+        put(lake, there, "orders", day)
+    rows = there.scan(spark, "orders")
+    there.filesystem.rm(there.path("orders", START))
+    with pytest.raises(PySparkException, match=f"orders.*{START}"):
+        to_arrow(rows)
 
 
 RANGES = {"step_days": 1, "rows_at_once": 3000}

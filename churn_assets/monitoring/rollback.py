@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
-from scipy.stats import binomtest
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence, Step, last_known_good, tenures
@@ -179,6 +178,9 @@ def _fails_beyond_chance(metric: Metric) -> bool:
     if metric.name != "error_rate" or not metric.value or metric.limit is None:
         return False
     errors = round(metric.value * metric.rows)
+    # Where it is asked; it takes a second to import.
+    from scipy.stats import binomtest
+
     return binomtest(errors, metric.rows, metric.limit, "greater").pvalue < _CHANCE
 
 

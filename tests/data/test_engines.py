@@ -9,7 +9,6 @@ from ibis.backends.duckdb import Backend as DuckDBBackend
 
 from churn_assets.data import engines
 from churn_assets.data.engines import DuckDBSettings, SparkSettings, open_duckdb, open_engine
-from churn_assets.data.lake import Lake
 from churn_assets.errors import UserError
 from churn_assets.settings import Settings, load_settings
 
@@ -104,16 +103,6 @@ def test_a_master_that_does_not_answer_is_told_at_once(tmp_path: Path, monkeypat
         master = f"spark://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(UserError, match=f"master {master} cannot be reached"):
         opened(SparkSettings(master), tmp_path)
-
-
-def test_spark_is_refused_a_lake_that_is_no_folder(monkeypatch) -> None:
-    class Spark:
-        name = "pyspark"
-
-    lake = Lake("memory://lake")
-    monkeypatch.setattr(Lake, "_wanted", lambda *_, **__: [])
-    with pytest.raises(UserError, match="set lake to a folder that every machine"):
-        lake.scan(Spark(), "orders")  # ty: ignore[invalid-argument-type]
 
 
 def test_spark_takes_true_and_false_in_its_own_spelling() -> None:

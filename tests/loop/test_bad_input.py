@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from command import churn, days_of, look, write_config
+
+from churn_assets.cli import cli
+from churn_assets.errors import UserError
 
 SHOP: dict[str, Any] = {"source": {"kind": "shop"}, "calendar": {"start": "2024-01-01"}}
 HEADER = "order,customer,at,amount\n"
@@ -71,10 +75,21 @@ def test_nonsense_is_refused_before_a_home_is_made(case: str, tmp_path: Path):
     text = document if isinstance(document, str) else yaml.safe_dump(document)
     (tmp_path / "churn.yaml").write_text(text)
     (tmp_path / "orders.csv").write_text(HEADER + "1,a,2024-01-02,1\n")
-    done = churn(tmp_path / "home", tmp_path / "churn.yaml")
-    assert re.search(told, done.refusal())
-    assert done.out == ""
+    home, config = str(tmp_path / "home"), str(tmp_path / "churn.yaml")
+    where = {"CHURN_HOME": home, "CHURN_CONFIG": config, "CHURN_DATA": None}
+    # In this process: another one takes seconds to import what it needs.
+    done = CliRunner().invoke(cli, ["run"], env=where)
+    assert isinstance(done.exception, UserError)
+    assert re.search(told, str(done.exception))
+    assert done.output == ""
     assert not (tmp_path / "home").exists()
+
+
+def test_what_is_refused_is_one_line(tmp_path: Path):
+    (tmp_path / "churn.yaml").write_text("source: {kind: shop")
+    done = churn(tmp_path / "home", tmp_path / "churn.yaml")
+    assert "is not valid YAML" in done.refusal()
+    assert done.out == ""
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path):

@@ -8,7 +8,7 @@ it was asked for by, and what has asked once is not run again, whatever is resta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +17,12 @@ from typing import Any
 import dagster as dg
 import msgspec
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
-from dagster._core.storage.tags import RUN_KEY_TAG
+from dagster._core.storage.tags import (
+    MAX_RETRIES_TAG,
+    RETRY_NUMBER_TAG,
+    RUN_KEY_TAG,
+    WILL_RETRY_TAG,
+)
 from dagster._utils.schedules import schedule_execution_time_iterator
 
 from churn_assets.contract.clock import set_clock
@@ -201,19 +206,27 @@ class SimulatedDaemon:
         if marks and self.instance.get_runs(RunsFilter(tags=marks), limit=1):
             return False
         request = self.alter(job, request, moment)
-        result = self.definitions.resolve_job_def(job).execute_in_process(
-            instance=self.instance,
-            run_config=dict(request.run_config or {}),
-            tags={**request.tags, **marks},
-            partition_key=request.partition_key,
-            asset_selection=list(request.asset_selection) if request.asset_selection else None,
-            raise_on_error=False,
-        )
-        self.after_run()
-        run = self.instance.get_run_by_id(result.run_id)
-        done = run is not None and run.status is DagsterRunStatus.SUCCESS
-        tags = dict(run.tags) if run else {}
-        self.runs.append(SimulatedRun(job, asked_by, moment, result.run_id, done, tags))
+        tried: list[str] = []
+        again = True
+        while again:
+            result = self.definitions.resolve_job_def(job).execute_in_process(
+                instance=self.instance,
+                run_config=dict(request.run_config or {}),
+                tags={**request.tags, **marks, **_retry_tags(tried)},
+                partition_key=request.partition_key,
+                asset_selection=list(request.asset_selection) if request.asset_selection else None,
+                raise_on_error=False,
+            )
+            self.after_run()
+            run = self.instance.get_run_by_id(result.run_id)
+            done = run is not None and run.status is DagsterRunStatus.SUCCESS
+            tags = dict(run.tags) if run else {}
+            self.runs.append(SimulatedRun(job, asked_by, moment, result.run_id, done, tags))
+            tried.append(result.run_id)
+            # What the instance says of a failed run, a daemon does. Tries are counted here: a run
+            # executed in this process has no run it comes from.
+            most = int(tags.get(MAX_RETRIES_TAG, self.instance.run_retries_max_retries))
+            again = tags.get(WILL_RETRY_TAG) == "true" and len(tried) <= most
         return True
 
     def _keep(self) -> None:
@@ -237,3 +250,8 @@ def failures(runs: list[SimulatedRun], instance: DagsterInstance) -> dict[str, A
 
 def _event(entry: Any) -> Any:
     return entry.dagster_event
+
+
+def _retry_tags(tried: Sequence[str]) -> dict[str, str]:
+    """What marks a run as the next try of those before it."""
+    return {RETRY_NUMBER_TAG: str(len(tried))} if tried else {}

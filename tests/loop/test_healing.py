@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -366,6 +366,56 @@ def test_a_daemon_killed_during_a_run_does_not_ask_for_it_twice(
     daemon.run_until(AT)
     assert world.ran == ["decision 03-03", "deed"]
     assert daemon.runs == []
+
+
+def test_a_run_that_the_instance_will_retry_is_tried_again_and_not_for_ever(
+    tmp_path: Path,
+) -> None:
+    told = {"run_retries": {"enabled": True}}
+    with dg.instance_for_test(overrides=told) as instance:
+        tried = []
+
+        @dg.asset
+        def deed() -> None:
+            tried.append("deed")
+            raise OSError("it is away")
+
+        job = dg.define_asset_job("doing", selection=[deed], tags={"dagster/max_retries": "2"})
+        daemon = SimulatedDaemon(
+            definitions=dg.Definitions([deed], jobs=[job]),
+            instance=instance,
+            resources={},
+            clock_path=tmp_path / "clock",
+            state_path=tmp_path / "daemon.json",
+            began=AT,
+        )
+        assert daemon.execute("doing", "somebody", dg.RunRequest(run_key="once"), AT)
+        assert len(tried) == 3
+        assert [run.success for run in daemon.runs] == [False] * 3
+        assert not daemon.execute("doing", "somebody", dg.RunRequest(run_key="once"), AT)
+        assert len(tried) == 3
+
+
+def fail(_: dg.SensorEvaluationContext) -> dg.SkipReason:
+    raise ZeroDivisionError
+
+
+def test_a_sensor_that_fails_keeps_no_other_from_its_tick(world: World) -> None:
+    definitions = world.definitions()
+    broken = dg.SensorDefinition(
+        name="broken",
+        evaluation_fn=fail,
+        job_name="doing",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+    )
+    daemon = world.daemon()
+    with_it = dg.Definitions.merge(dg.Definitions(sensors=[broken]), definitions)
+    daemon = replace(daemon, definitions=with_it)
+    daemon.run_until(AT)
+    assert world.ran == ["decision 03-03", "deed"]
+    assert {(tick.sensor, "ZeroDivisionError" in tick.why) for tick in daemon.failed_ticks} == {
+        ("broken", True)
+    }
 
 
 # A rollback the policy decided on.

@@ -142,9 +142,11 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Generator[Nights]:
 
 def test_the_training_fails_and_is_told_and_what_serves_serves_on(nights: Nights) -> None:
     assert nights.quiet.trainings() == []
-    ((decision, done),) = nights.killed.trainings()
-    assert decision is not None
-    assert not done
+    # Dagster tries a run again that broke off between its steps.
+    (once, *more) = nights.killed.trainings()
+    assert once[0] is not None
+    assert not once[1]
+    assert more == [once, once]
     assert nights.killed.served == nights.served_before
     assert "run/training" in nights.killed.open_alerts
 

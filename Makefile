@@ -67,7 +67,7 @@ image: env ## the container of the bento in Production; TAG=churn:... that of an
 test: env ## the test suite, on as many cores as JOBS says (2)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
-test-drill: env ## the short drill: the three worst cases, some five minutes
+test-drill: env ## the short drill alone: the three worst cases, some minutes
 	@$(BIN)/python -m pytest -m drill tests/loop/test_drill.py
 
 test-image: env ## the tests of the container, which need a container engine

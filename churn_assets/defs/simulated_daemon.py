@@ -8,9 +8,10 @@ it was asked for by, and what has asked once is not run again, whatever is resta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +207,12 @@ class SimulatedDaemon:
         if marks and self.instance.get_runs(RunsFilter(tags=marks), limit=1):
             return False
         request = self.alter(job, request, moment)
-        tried: list[str] = []
-        again = True
-        while again:
+        tries: dict[str, str] = {}
+        for tried in count(1):
             result = self.definitions.resolve_job_def(job).execute_in_process(
                 instance=self.instance,
                 run_config=dict(request.run_config or {}),
-                tags={**request.tags, **marks, **_retry_tags(tried)},
+                tags={**request.tags, **marks, **tries},
                 partition_key=request.partition_key,
                 asset_selection=list(request.asset_selection) if request.asset_selection else None,
                 raise_on_error=False,
@@ -222,11 +222,12 @@ class SimulatedDaemon:
             done = run is not None and run.status is DagsterRunStatus.SUCCESS
             tags = dict(run.tags) if run else {}
             self.runs.append(SimulatedRun(job, asked_by, moment, result.run_id, done, tags))
-            tried.append(result.run_id)
-            # What the instance says of a failed run, a daemon does. Tries are counted here: a run
-            # executed in this process has no run it comes from.
-            most = int(tags.get(MAX_RETRIES_TAG, self.instance.run_retries_max_retries))
-            again = tags.get(WILL_RETRY_TAG) == "true" and len(tried) <= most
+            # What the instance says of a failed run, a daemon does.
+            if tags.get(WILL_RETRY_TAG) != "true":
+                break
+            # A run executed in this process has no run it comes from, so the instance cannot count.
+            left = int(tags.get(MAX_RETRIES_TAG, self.instance.run_retries_max_retries)) - 1
+            tries = {RETRY_NUMBER_TAG: str(tried), MAX_RETRIES_TAG: str(left)}
         return True
 
     def _keep(self) -> None:
@@ -250,8 +251,3 @@ def failures(runs: list[SimulatedRun], instance: DagsterInstance) -> dict[str, A
 
 def _event(entry: Any) -> Any:
     return entry.dagster_event
-
-
-def _retry_tags(tried: Sequence[str]) -> dict[str, str]:
-    """What marks a run as the next try of those before it."""
-    return {RETRY_NUMBER_TAG: str(len(tried))} if tried else {}

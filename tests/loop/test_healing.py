@@ -392,6 +392,7 @@ def test_a_run_that_the_instance_will_retry_is_tried_again_and_not_for_ever(
         assert daemon.execute("doing", "somebody", dg.RunRequest(run_key="once"), AT)
         assert len(tried) == 3
         assert [run.success for run in daemon.runs] == [False] * 3
+        assert [run.tags["dagster/will_retry"] for run in daemon.runs] == ["true", "true", "false"]
         assert not daemon.execute("doing", "somebody", dg.RunRequest(run_key="once"), AT)
         assert len(tried) == 3
 

@@ -840,7 +840,8 @@ def alerts_test() -> None:
 def alerts_check() -> None:
     """Alert when Dagster's daemon is not running, which no sensor can; exits with 1 then.
 
-    For cron, or another scheduler outside of Dagster.
+    Exits with 2, and alerts of that, when Dagster's storage cannot be had. For cron, or another
+    scheduler outside of Dagster.
     """
     home = Home.from_environment()
     _require_dagster(home)

@@ -748,7 +748,8 @@ def restore(source: Path, replace: bool) -> None:
     from churn_assets.settings import load_settings
 
     home = Home.from_environment()
-    made = bring_back(home, state_of(home, load_settings()), source, replace=replace)
+    state = state_of(home, load_settings())
+    made = bring_back(home, state, source, replace=replace, say=click.echo)
     click.echo("\n".join(made.lines()))
     click.echo(f"{home.root} is as {made.home} was at {made.made_at:%Y-%m-%d %H:%M} UTC")
 

@@ -17,16 +17,18 @@ from unittest import mock
 
 import pytest
 
-from churn_assets.contract.logged import hold
+from churn_assets.contract.logged import CREATE_TABLE, TABLE, hold
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.home_format import RESTORING
 from churn_assets.lifecycle import backup as backups
 from churn_assets.lifecycle import restore as restores
 from churn_assets.lifecycle.backup import MANIFEST, Manifest, back_up
+from churn_assets.lifecycle.postgres_dump import dump, load
 from churn_assets.lifecycle.restore import restore
 from churn_assets.lifecycle.state_places import files_of, state_of
 from churn_assets.settings import Settings, load_settings
+from churn_service.log_postgres import PostgresLog
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 PARTITION = "lake/orders/day=2024-01-01/part-0.parquet"
@@ -84,8 +86,15 @@ def backed_up(home: Home, settings: Settings, target: Path) -> Manifest:
     return back_up(home, state_of(home, settings), target, now=NOW)
 
 
-def restored(home: Home, settings: Settings, source: Path, **options: bool) -> Manifest:
-    return restore(home, state_of(home, settings), source, **options)
+def restored(
+    home: Home,
+    settings: Settings,
+    source: Path,
+    *,
+    replace: bool = False,
+    say: Callable[[str], object] = print,
+) -> Manifest:
+    return restore(home, state_of(home, settings), source, replace=replace, say=say)
 
 
 def contents(home: Home) -> dict[str, tuple[bytes, int, int]]:
@@ -454,12 +463,7 @@ def test_databases_of_postgres_come_back(
 def test_of_a_shared_database_only_the_prediction_log_is_taken(
     home: Home, tmp_path: Path, database: str
 ) -> None:
-    config = tmp_path / "churn.yaml"
-    config.write_text(
-        "source: {kind: shop}\ncalendar: {start: 2024-01-01}\n"
-        f"serving: {{prediction_log: {{store: '{database}'}}}}\n"
-    )
-    settings = load_settings(config)
+    settings = with_log(tmp_path, database)
     asked(database, "CREATE TABLE theirs (id int)")
     assert "postgres/prediction_log" not in backed_up(home, settings, tmp_path / "a.tar").files
     asked(database, "CREATE TABLE churn_prediction_log_v1 (number int)")
@@ -470,6 +474,94 @@ def test_of_a_shared_database_only_the_prediction_log_is_taken(
     restored(home, settings, tmp_path / "b.tar", replace=True)
     assert asked(database, "SELECT * FROM theirs") == [(1,)]
     assert asked(database, "SELECT * FROM churn_prediction_log_v1") == [(1,)]
+
+
+def with_log(tmp_path: Path, database: str) -> Settings:
+    """Settings whose prediction log is in a database."""
+    config = tmp_path / "churn.yaml"
+    config.write_text(
+        "source: {kind: shop}\ncalendar: {start: 2024-01-01}\n"
+        f"serving: {{prediction_log: {{store: '{database}'}}}}\n"
+    )
+    return load_settings(config)
+
+
+@pytest.mark.parametrize("began", ["empty", "with rows"])
+def test_no_prediction_newer_than_the_backup_is_left(
+    home: Home, tmp_path: Path, database: str, began: str
+) -> None:
+    """Whether the log was there when the backup was made, or a service made it later."""
+    settings, rows = with_log(tmp_path, database), []
+    if began == "with rows":
+        asked(database, CREATE_TABLE)
+        asked(database, f"INSERT INTO {TABLE} VALUES ('w', 1, 'old')")
+        rows = [("w", 1)]
+    backed_up(home, settings, tmp_path / "b.tar")
+    asked(database, CREATE_TABLE)
+    asked(database, f"INSERT INTO {TABLE} VALUES ('w', 2, 'new'), ('w', 3, 'new')")
+    asked(database, "CREATE TABLE churn_prediction_log_v9 (of_a_newer_version int)")
+    asked(database, "CREATE TABLE churn_predictions (theirs int)")
+    told: list[str] = []
+    restored(home, settings, tmp_path / "b.tar", replace=True, say=told.append)
+    tables = {name for (name,) in asked(database, "SELECT tablename FROM pg_tables "
+                                                  "WHERE schemaname = 'public'")}  # fmt: skip
+    assert tables == {"churn_predictions"} | ({TABLE} if rows else set())
+    if rows:
+        assert asked(database, f"SELECT writer, number FROM {TABLE}") == rows
+    assert f"prediction_log: {2 + len(rows)} rows were in postgresql://" in told[0]
+    assert "churn_prediction_log_v9" in told[1]
+    assert (TABLE in told[1]) is (not rows)
+
+
+def test_a_service_that_logs_to_the_database_is_in_the_way(
+    home: Home, tmp_path: Path, database: str
+) -> None:
+    settings = with_log(tmp_path, database)
+    backed_up(home, settings, tmp_path / "b.tar")
+    before = contents(home)
+    with closing(PostgresLog(database)) as service:
+        service.write([b"a record"])
+        with pytest.raises(UserError, match=r"1 services write predictions to .*; stop"):
+            restored(home, settings, tmp_path / "b.tar", replace=True)
+        assert asked(database, f"SELECT number FROM {TABLE}") == [(1,)]
+    assert contents(home) == before
+
+
+def test_what_a_newer_version_made_is_no_hindrance(
+    home: Home,
+    settings: Settings,
+    tmp_path: Path,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Back from an upgrade: its tables refer to those of before."""
+    monkeypatch.setenv("CHURN_MLFLOW_URI", database.replace("postgresql:", "postgresql+psycopg:"))
+    asked(database, "CREATE TABLE runs (id int PRIMARY KEY)")
+    backed_up(home, settings, tmp_path / "b.tar")
+    asked(database, "CREATE TABLE traces (run int REFERENCES runs (id))")
+    asked(database, "CREATE VIEW counted AS SELECT count(*) FROM runs")
+    told: list[str] = []
+    restored(home, settings, tmp_path / "b.tar", replace=True, say=told.append)
+    assert asked(database, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == [
+        ("runs",)
+    ]
+    assert ["traces" in line for line in told] == [True]
+
+
+def test_a_dump_that_cannot_be_loaded_changes_nothing_in_the_database(
+    home: Home, settings: Settings, tmp_path: Path, database: str
+) -> None:
+    asked(database, "CREATE TABLE runs (id int PRIMARY KEY)")
+    asked(database, "CREATE TYPE color AS ENUM ('red')")
+    asked(database, "CREATE TABLE colors (one color)")
+    dump(database, tmp_path / "dump")
+    asked(database, "CREATE TABLE later (id int)")
+    # Of a table in another schema, which is not taken away.
+    asked(database, "CREATE SCHEMA theirs CREATE TABLE colors (one public.color)")
+    with pytest.raises(UserError, match="failed and changed nothing"):
+        load(database, tmp_path / "dump")
+    assert {name for (name,) in asked(database, "SELECT tablename FROM pg_tables "
+            "WHERE schemaname = 'public'")} == {"runs", "colors", "later"}  # fmt: skip
 
 
 def test_where_dagster_keeps_its_storage_is_read_from_its_configuration(

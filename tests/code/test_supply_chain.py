@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -64,6 +65,59 @@ def test_a_planted_secret_is_found(tmp_path: Path, planted: bool) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == (1 if planted else 0), done.stdout + done.stderr
     assert ("AWS Access Key" in done.stdout) == planted
+
+
+@pytest.mark.parametrize(
+    "where", ["nowhere", "removed", "merged", "on a branch", "a known example"]
+)
+def test_a_secret_that_was_removed_is_found_in_the_history(tmp_path: Path, where: str) -> None:
+    needs("detect_secrets")
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=ada", "-c", "user.email=ada@example.com")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit(text: str) -> None:
+        (tmp_path / "deploy.yaml").write_text(text)
+        git("add", "deploy.yaml")
+        git("commit", "--quiet", "--message", "x")
+
+    key = "AKIA" + "Z3QW7RT5YU2P4KLM"
+    git("init", "--quiet", "--initial-branch=main")
+    baseline = json.loads((ROOT / ".secrets.baseline").read_text())
+    if where == "a known example":
+        digest = hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest()
+        baseline["results"] = {"docs/a.md": [{"type": "x", "hashed_secret": digest}]}
+    (tmp_path / ".secrets.baseline").write_text(json.dumps(baseline))
+    commit("access: ${KEY}\n")
+    if where in ("removed", "a known example"):
+        # Begun as a diff begins the name of a file, which it is not.
+        commit(f"access: ${{KEY}}\n++ access: {key}\n")
+    elif where == "on a branch":
+        git("checkout", "--quiet", "-b", "other")
+        commit(f"access: {key}\n")
+        git("checkout", "--quiet", "main")
+    elif where == "merged":
+        git("checkout", "--quiet", "-b", "other")
+        (tmp_path / "b.txt").write_text("b\n")
+        git("add", "b.txt")
+        git("commit", "--quiet", "--message", "b")
+        git("checkout", "--quiet", "main")
+        git("merge", "--no-ff", "--no-commit", "other")
+        # In neither parent: put in by hand while merging.
+        commit(f"access: {key}\n")
+    commit("access: ${NEW_KEY}\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / ".ci/secrets_in_history.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    found = where in ("removed", "merged", "on a branch")
+    assert done.returncode == (1 if found else 0), done.stdout + done.stderr
+    assert ("AWS Access Key in the history: commit " in done.stdout) == found
+    assert ("deploy.yaml" in done.stdout) == found
+    assert key not in done.stdout
 
 
 def test_the_workflow_runs_what_make_has() -> None:

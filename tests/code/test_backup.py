@@ -682,3 +682,6 @@ def test_where_dagster_keeps_its_storage_is_read_from_its_configuration(
     configuration.write_text("storage: {postgres: {postgres_url: 'postgresql://db/d'}}\n")
     urls = [place.url for place in state_of(home, settings).places if place.url]
     assert urls == ["postgresql://db/d"]
+    # A home that is to be brought back to another machine has none yet.
+    monkeypatch.setenv("CHURN_DAGSTER_YAML", str(configuration))
+    assert state_of(Home(home.root / "none"), settings).outside == ["postgres/dagster"]

@@ -7,11 +7,13 @@ ARG BASE_IMAGE=python:3.11.14-slim-trixie
 FROM ${PROJECT_IMAGE} AS project
 
 FROM ${BASE_IMAGE}
+# On a new server it may be the first to mount the home, whose owner is then that of the folder.
 # Debian keeps no older build of a package than its newest, so its version is not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends postgresql-client-17 \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && install --directory --owner 1034 --group 1034 /var/lib/churn
 ENV PATH=/app/.venv/bin:${PATH} \
     PYTHONPATH=/app \
     LANG=C.UTF-8 \

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from churn_assets.errors import UserError
+from churn_assets.lifecycle.bill import bill_of
 from churn_assets.lifecycle.sbom import service_pins, with_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,22 @@ def test_the_bill_of_the_service_lists_its_packages_with_their_hashes(tmp_path: 
         digests = {h["content"] for r in component["externalReferences"] for h in r["hashes"]}
         assert digests, component["name"]
         assert all(f"sha256:{digest}" in LOCK for digest in digests)
+
+
+@pytest.mark.parametrize("pins", [service_pins(), ["a-b==1.0+cpu"], []])
+def test_the_bill_in_a_bento_is_what_cyclonedx_says_it_has_to_be(pins: list[str]) -> None:
+    needs("cyclonedx")
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    bill = bill_of("churn", pins)
+    version = SchemaVersion.from_version(json.loads(bill)["specVersion"])
+    assert JsonStrictValidator(version).validate_str(bill.decode()) is None
+    assert bill_of("churn", pins[::-1]) == bill
+    listed = json.loads(bill)["components"]
+    assert [f"{one['name']}=={one['version']}" for one in listed] == pins
+    # What a scanner reads is one package and one version, whatever characters it has.
+    assert all(one["purl"].count("@") == 1 and "+" not in one["purl"] for one in listed)
 
 
 def test_what_is_not_locked_has_no_bill() -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from churn_assets.contract.release import MANIFEST, Release, read_release
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.bill import bill_of
 
 BENTO_NAME = "churn"
 SERVICE_REQUIREMENTS = (
@@ -38,8 +37,6 @@ SERVICE_REQUIREMENTS = (
 )
 
 DOCKERFILE = "Dockerfile"
-# Of the packages of the image, which its label churn.sbom leads to.
-BILL = "sbom.cdx.json"
 _BUILD_TIMEOUT_S = 120
 _LATEST = "latest"
 
@@ -131,11 +128,6 @@ def pinned_requirements(names: Iterable[str]) -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(pins.items()) if name != "bentoml"]
 
 
-def bentoml_pin() -> str:
-    """What BentoML writes into the requirements of every bento: itself."""
-    return f"bentoml=={metadata.version('bentoml')}"
-
-
 def _bento(bentoml_home: Path, version: str) -> Bento:
     return Bento(f"{BENTO_NAME}:{version}", bentoml_home / "bentos" / BENTO_NAME / version)
 
@@ -152,9 +144,9 @@ def _stage_code(context: Path, project_root: Path) -> str:
     if "service.py" not in sources or not contract:
         raise UserError(f"{project_root} has no bentos/{BENTO_NAME}/service.py; is it the project?")
     contents = {name: path.read_bytes() for name, path in sources.items()}
-    pins = pinned_requirements(SERVICE_REQUIREMENTS)
-    contents["requirements.txt"] = "".join(f"{pin}\n" for pin in pins).encode()
-    contents[BILL] = bill_of(BENTO_NAME, [*pins, bentoml_pin()])
+    contents["requirements.txt"] = "".join(
+        f"{pin}\n" for pin in pinned_requirements(SERVICE_REQUIREMENTS)
+    ).encode()
     contents["bentofile.yaml"] = _bentofile()
     digest = hashlib.sha256(metadata.version("bentoml").encode())
     for name, content in sorted(contents.items()):
@@ -179,7 +171,6 @@ def _bentofile() -> bytes:
                 "churn_assets/**/*.py",
                 "release/*",
                 "requirements.txt",
-                BILL,
                 DOCKERFILE,
             ],
             "python": {"requirements_txt": "requirements.txt"},

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.bento import SERVICE_REQUIREMENTS, bentoml_pin, pinned_requirements
+from churn_assets.lifecycle.bento import SERVICE_REQUIREMENTS, pinned_requirements
 
 _PIN = re.compile(r"^([a-z0-9._-]+==[^\s;]+)([^\n]*(?:\n[ \t]+--hash[^\n]*)*)", re.MULTILINE)
 _HASH = re.compile(r"--hash=\S+")
@@ -20,7 +21,7 @@ _HASH = re.compile(r"--hash=\S+")
 
 def service_pins() -> list[str]:
     """Every package of the service's bento, name==version, in alphabetical order."""
-    return sorted([*pinned_requirements(SERVICE_REQUIREMENTS), bentoml_pin()])
+    return sorted([*pinned_requirements(SERVICE_REQUIREMENTS), _bentoml()])
 
 
 def with_hashes(pins: Sequence[str], lock: str) -> str:
@@ -35,6 +36,10 @@ def with_hashes(pins: Sequence[str], lock: str) -> str:
             raise UserError(f"requirements.lock has no {pin}, which is installed; run `make env`")
         lines.append(" \\\n    ".join([pin, *locked[pin]]) + "\n")
     return "".join(lines)
+
+
+def _bentoml() -> str:
+    return f"bentoml=={metadata.version('bentoml')}"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from churn_assets.contract.bill import bill_of, installed_pins
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.bill import bill_of
 from churn_assets.lifecycle.sbom import service_pins, with_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,19 +47,32 @@ def test_the_bill_of_the_service_lists_its_packages_with_their_hashes(tmp_path: 
 
 
 @pytest.mark.parametrize("pins", [service_pins(), ["a-b==1.0+cpu"], []])
-def test_the_bill_in_a_bento_is_what_cyclonedx_says_it_has_to_be(pins: list[str]) -> None:
+def test_the_bill_of_an_image_is_what_cyclonedx_says_it_has_to_be(pins: list[str]) -> None:
     needs("cyclonedx")
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
     bill = bill_of("churn", pins)
     version = SchemaVersion.from_version(json.loads(bill)["specVersion"])
-    assert JsonStrictValidator(version).validate_str(bill.decode()) is None
+    assert JsonStrictValidator(version).validate_str(bill) is None
     assert bill_of("churn", pins[::-1]) == bill
     listed = json.loads(bill)["components"]
     assert [f"{one['name']}=={one['version']}" for one in listed] == pins
     # What a scanner reads is one package and one version, whatever characters it has.
     assert all(one["purl"].count("@") == 1 and "+" not in one["purl"] for one in listed)
+
+
+def test_an_image_is_built_with_the_bill_of_what_pip_installed_in_it() -> None:
+    dockerfile = (ROOT / "bentos/churn/Dockerfile").read_text()
+    command = re.search(r"(/app/.venv/bin/python) (-B -m \S+ churn) \\\s+> (\S+) ", dockerfile)
+    assert command is not None
+    assert f"\nLABEL churn.sbom={command[3]}\n" in dockerfile
+    arguments = [sys.executable, *command[2].split()]
+    said = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said == bill_of("churn", installed_pins())
+    # All the service needs is here, by the names the lock has for it.
+    listed = {f"{one['name']}=={one['version']}" for one in json.loads(said)["components"]}
+    assert set(service_pins()) <= listed
 
 
 def test_what_is_not_locked_has_no_bill() -> None:

@@ -10,6 +10,10 @@ from typing import Any
 from churn_assets.contract.logged import one_line_without_password, without_password
 from churn_assets.errors import UserError
 
+# As SHOW server_version_num says it. It is set in the first lines of a script.
+_TRANSACTION_TIMEOUT_SINCE = 170_000
+_HEAD = 2048
+
 
 def dump(url: str, to: Path, tables: str | None = None) -> None:
     """Write the database at `url` to `to`, in the custom format; all of it, as at one moment.
@@ -41,10 +45,22 @@ def load(url: str, dumped: Path | None, tables: str | None = None) -> list[str]:
     try:
         options = ("--no-owner", "--no-privileges", "--clean", "--if-exists")
         _run("pg_restore", None, *options, "--file", str(script), str(dumped))
+        if int(_ask(url, "SHOW server_version_num")[0][0]) < _TRANSACTION_TIMEOUT_SINCE:
+            _without_transaction_timeout(script)
         _run("psql", url, *quiet, *commands, "--file", str(script))
     finally:
         script.unlink(missing_ok=True)
     return [name for name in before if name not in _tables(url, tables)]
+
+
+def _without_transaction_timeout(script: Path) -> None:
+    """Take out of the head of a script what newer programs set and older servers do not know."""
+    with script.open("r+b") as file:
+        head = file.read(_HEAD)
+        at = head.find(b"\nSET transaction_timeout = 0;\n")
+        if at >= 0:
+            file.seek(at + 1)
+            file.write(b"-- ")
 
 
 def count_tables(url: str, pattern: str | None = None) -> int:

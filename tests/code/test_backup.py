@@ -23,6 +23,7 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.home_format import RESTORING, Marker, current_marker, write_marker
 from churn_assets.lifecycle import backup as backups
+from churn_assets.lifecycle import postgres_dump
 from churn_assets.lifecycle import restore as restores
 from churn_assets.lifecycle.backup import MANIFEST, Manifest, back_up
 from churn_assets.lifecycle.deployment import announced
@@ -664,6 +665,31 @@ def test_a_dump_that_cannot_be_loaded_changes_nothing_in_the_database(
         load(database, tmp_path / "dump")
     assert {name for (name,) in asked(database, "SELECT tablename FROM pg_tables "
             "WHERE schemaname = 'public'")} == {"runs", "colors", "later"}  # fmt: skip
+
+
+def test_a_dump_by_programs_newer_than_the_server_is_loaded(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Postgres 17 set what servers before it refuse."""
+    asked(database, "CREATE TABLE runs (note text)")
+    setting = "SET transaction_timeout = 0;"
+    asked(database, f"INSERT INTO runs VALUES ('a' || chr(10) || '{setting}' || chr(10))")
+    dump(database, tmp_path / "dump")
+    run = postgres_dump._run
+
+    def as_newer_ones(program: str, url: str | None, *arguments: str) -> None:
+        run(program, url, *arguments)
+        if program == "pg_restore":
+            script = tmp_path / "dump.sql"
+            old = script.read_text()
+            script.write_text(
+                old.replace("SET lock_timeout = 0;", f"SET lock_timeout = 0;\n{setting}", 1)
+            )
+
+    monkeypatch.setattr(postgres_dump, "_run", as_newer_ones)
+    monkeypatch.setattr(postgres_dump, "_TRANSACTION_TIMEOUT_SINCE", 999_999)
+    assert load(database, tmp_path / "dump") == []
+    assert asked(database, "SELECT note FROM runs") == [(f"a\n{setting}\n",)]
 
 
 def test_where_dagster_keeps_its_storage_is_read_from_its_configuration(

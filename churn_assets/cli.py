@@ -748,7 +748,8 @@ def restore(source: Path, replace: bool) -> None:
     from churn_assets.settings import load_settings
 
     home = Home.from_environment()
-    made = bring_back(home, state_of(home, load_settings()), source, replace=replace)
+    state = state_of(home, load_settings())
+    made = bring_back(home, state, source, replace=replace, say=click.echo)
     click.echo("\n".join(made.lines()))
     click.echo(f"{home.root} is as {made.home} was at {made.made_at:%Y-%m-%d %H:%M} UTC")
 
@@ -840,7 +841,8 @@ def alerts_test() -> None:
 def alerts_check() -> None:
     """Alert when Dagster's daemon is not running, which no sensor can; exits with 1 then.
 
-    For cron, or another scheduler outside of Dagster.
+    Exits with 2, and alerts of that, when Dagster's storage cannot be had. For cron, or another
+    scheduler outside of Dagster.
     """
     home = Home.from_environment()
     _require_dagster(home)

@@ -44,6 +44,8 @@ CREATE_TABLE = (
     f"CREATE TABLE IF NOT EXISTS {TABLE} "
     "(writer text, number bigint, record bytea NOT NULL, PRIMARY KEY (writer, number))"
 )
+# What the connections of services call themselves.
+LOG_APPLICATION = "churn prediction log"
 # Of pg_advisory_lock: who makes the table, and who ingests.
 TABLE_LOCK = 0x636875726E0001
 INGEST_LOCK = 0x636875726E0002

@@ -14,6 +14,7 @@ from dagster import DagsterEventType, DagsterInstance
 from dagster._core.scheduler.instigation import TickStatus
 
 from churn_assets.defs import alert_events as log
+from churn_assets.defs.dagster_storage import quiet_retries, reason_of, storage_error
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.defs.schedules import ZONE, days_to_refresh, refreshed_up_to
@@ -439,20 +440,37 @@ def failing_urls(waiting: list[Waiting]) -> list[str]:
 def check_daemon(home: Home) -> list[str]:
     """What keeps alerts from being raised: daemons without a heartbeat, a failing alert_sensor.
 
-    For a cron job outside of Dagster: it raises the alert itself, and sends what waits.
+    For a cron job outside of Dagster: it raises the alert itself, and sends what waits. Raises
+    UserError, after an alert of that, when Dagster's storage is elsewhere and cannot be had.
     """
     project = Project.of(home)
     outbox, now = outbox_of(project), project.now()
-    with DagsterInstance.get() as instance:
+    page = f"{(project.settings.alerts.dagster_url or DAGSTER.url).rstrip('/')}/health"
+    try:
+        unhealthy = _unhealthy()
+    except Exception as error:
+        outbox.raise_alert(sources.storage_alert(reason_of(error), at=now, link=page))
+        send_due(project, outbox, now)
+        told = storage_error(error)
+        if told is None:
+            raise
+        raise told from error
+    outbox.clear(sources.STORAGE, now=now, why="it answers again")
+    alert = sources.daemon_alert(unhealthy, at=now, link=page)
+    if alert is not None:
+        outbox.raise_alert(alert)
+    else:
+        outbox.clear(sources.DAEMON, now=now, why="every daemon has a heartbeat")
+    send_due(project, outbox, now)
+    return unhealthy
+
+
+def _unhealthy() -> list[str]:
+    with quiet_retries(), DagsterInstance.get() as instance:
         statuses = instance.get_daemon_statuses().values()
         unhealthy = sorted(s.daemon_type for s in statuses if s.required and not s.healthy)
-        unhealthy += [
+        return unhealthy + [
             f"{NAME}, whose last evaluation failed"
             for state, ticks in log.tick_states(instance, None, {NAME})
             if ticks and ticks[0].status is TickStatus.FAILURE
         ]
-        look = Pass(instance, project, outbox, Cursor(), now)
-        alert = sources.daemon_alert(unhealthy, at=now, link=look.link("health"))
-        look.settle(sources.DAEMON, alert, "every daemon has a heartbeat")
-    send_due(project, outbox, now)
-    return unhealthy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -25,13 +24,14 @@ from dagster_shared.error import SerializableErrorInfo
 
 from churn_assets.data.late import find_outdated, spanning, to_follow
 from churn_assets.data.windows import cutoff_of, days_between, label_partition
+from churn_assets.defs.dagster_storage import open_dagster
 from churn_assets.defs.partitions import SETTINGS, range_tags
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.defs.sensors import ENDINGS
 from churn_assets.defs.summary import collect, show
 from churn_assets.defs.weekly import REASON, trained_in, week_of, week_tags
 from churn_assets.errors import UserError
-from churn_assets.home import PROJECT_ROOT, Home
+from churn_assets.home import Home
 from churn_assets.lifecycle.experiments import Ending, reconcile, require_store
 from churn_assets.lifecycle.promotion import PromotionDecision
 from churn_assets.lifecycle.records import DeploymentRecord
@@ -189,32 +189,6 @@ def failed_checks(launcher: Launcher, asset: str) -> list[str]:
         for key, record in records.items()
         if record.status is AssetCheckExecutionRecordStatus.FAILED
     ]
-
-
-def open_dagster(how: Callable[[], DagsterInstance]) -> DagsterInstance:
-    """Dagster's instance, opened as `how` does.
-
-    Raises UserError when its storage is elsewhere and cannot be had.
-    """
-    try:
-        return how()
-    except Exception as error:
-        configured = Home.from_environment().dagster_yaml
-        # Of the project's own configuration it is no matter of a person's.
-        if configured == PROJECT_ROOT / "dagster.yaml":
-            raise
-        raise UserError(
-            f"Dagster's storage cannot be had ({_reason(error)}); check {configured}, what it "
-            "reads from the environment, and its server"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The line that says why, of errors that have others for their cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    unset = re.search(r'environment variable "(\w+)" which is not set', str(error))
-    return f"{unset[1]} is not set" if unset else str(error).strip().partition("\n")[0]
 
 
 def close_dead_runs(instance: DagsterInstance) -> list[str]:

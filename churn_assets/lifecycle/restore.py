@@ -7,13 +7,13 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 import msgspec
 
-from churn_assets.contract.logged import without_password
+from churn_assets.contract.logged import LOG_APPLICATION, without_password
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.home_format import RESTORING, Marker, refuse_newer
@@ -26,7 +26,7 @@ from churn_assets.lifecycle.backup import (
     part_of,
 )
 from churn_assets.lifecycle.in_use import unused
-from churn_assets.lifecycle.postgres_dump import count_tables, count_users, load
+from churn_assets.lifecycle.postgres_dump import count_rows, count_tables, count_users, load
 from churn_assets.lifecycle.relocation import relocate
 from churn_assets.lifecycle.state_places import HOME, OUTSIDE, Place, State, files_of
 
@@ -35,13 +35,21 @@ _STAGED = ".restore-"
 _NOTHING = "nothing was changed"
 
 
-def restore(home: Home, state: State, source: Path, *, replace: bool = False) -> Manifest:
+def restore(
+    home: Home,
+    state: State,
+    source: Path,
+    *,
+    replace: bool = False,
+    say: Callable[[str], object] = lambda _: None,
+) -> Manifest:
     """Bring `home` back from the backup at `source`, also when it was made of a home elsewhere.
 
     Everything is compared with the manifest before anything is changed. replace: what is there now
-    may go. Killed in the middle, the home is refused by every command until it is restored again.
-    Raises UserError for a backup that is damaged or newer than this code, for a home that is used
-    or not empty, and for another configuration than the backup's.
+    may go; `say` is told what went from databases. Killed in the middle, the home is refused by
+    every command until it is restored again. Raises UserError for a backup that is damaged or newer
+    than this code, for a home that is used or not empty, and for another configuration than the
+    backup's.
     """
     if not source.exists():
         raise UserError(f"there is no backup {source}; check the path")
@@ -56,7 +64,7 @@ def restore(home: Home, state: State, source: Path, *, replace: bool = False) ->
             manifest = _proven(source, staged)
             _refuse_elsewhere(home, state, manifest)
             (home.root / RESTORING).write_text(f'{{"from": "{source.name}"}}\n', encoding="utf-8")
-            _put_in_place(home, state, staged)
+            _put_in_place(home, state, staged, say)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         former = Path(manifest.home)
@@ -86,11 +94,13 @@ def _is_there(place: Place) -> bool:
 
 def _refuse_used(state: State) -> None:
     for place in state.places:
+        if place.url is None:
+            continue
         # Others may use the database of the prediction log for their own.
-        if place.url is not None and place.tables is None and (users := count_users(place.url)):
-            raise UserError(
-                f"{users} connections use {without_password(place.url)}; stop what uses it first"
-            )
+        only = "%" if place.tables is None else LOG_APPLICATION
+        if users := count_users(place.url, only):
+            who = "connections use" if place.tables is None else "services write predictions to"
+            raise UserError(f"{users} {who} {without_password(place.url)}; stop what uses it first")
 
 
 def _proven(source: Path, staged: Path) -> Manifest:
@@ -175,6 +185,10 @@ def _refuse_elsewhere(home: Home, state: State, manifest: Manifest) -> None:
             f"({', '.join(state.outside) or 'none'}); restore with the configuration and "
             f"environment it was made with; {_NOTHING}"
         )
+    for place in state.places:
+        # The prediction log's tables are made by its first service.
+        if place.url is not None and place.tables is None and place.under not in manifest.files:
+            raise UserError(f"the backup has no {place.under}; use another backup, {_NOTHING}")
     own = f"sqlite:///{home.root / 'mlflow.db'}"
     if Path(manifest.home) != home.root and home.mlflow_uri != own:
         raise UserError(
@@ -183,11 +197,17 @@ def _refuse_elsewhere(home: Home, state: State, manifest: Manifest) -> None:
         )
 
 
-def _put_in_place(home: Home, state: State, staged: Path) -> None:
+def _put_in_place(home: Home, state: State, staged: Path, say: Callable[[str], object]) -> None:
     for place in state.places:
-        dumped = staged / place.under
-        if place.url is not None and dumped.exists():
-            load(place.url, dumped)
+        if place.url is None:
+            continue
+        dumped, shown = staged / place.under, without_password(place.url)
+        if place.tables and (rows := count_rows(place.url, place.tables)):
+            say(f"{place.name}: {rows:,} rows were in {shown}; what the backup lacks is gone")
+        # Without a dump the backup found nothing there.
+        gone = load(place.url, dumped if dumped.exists() else None, place.tables)
+        if gone:
+            say(f"{place.name}: gone from {shown}, as not in the backup: {', '.join(gone)}")
     replaced = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=home.root))
     for place in state.places:
         if place.under.startswith(f"{OUTSIDE}/") and place.path is not None:

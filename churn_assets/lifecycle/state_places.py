@@ -109,7 +109,9 @@ def _outer_places(home: Home, settings: Settings) -> tuple[dict[str, Place], dic
         elif not (path := Path(location).absolute()).is_relative_to(home.root):
             places[name] = Place(name, f"{OUTSIDE}/{name}", path)
 
-    if url := _dagster_url(home.dagster / "dagster.yaml"):
+    copied = home.dagster / "dagster.yaml"
+    # A home that is brought back to another machine is not there yet.
+    if url := _dagster_url(copied if copied.exists() else home.dagster_yaml):
         add("dagster", url, "")
     log = settings.serving.prediction_log.location(home.prediction_log)
     if log != OFF:

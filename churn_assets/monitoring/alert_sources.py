@@ -18,6 +18,7 @@ CHECK, RUN, DECISION, TICK, LATE, SOURCE = (
     "source/",
 )
 DAEMON = "daemon"
+STORAGE = "storage"
 
 _EVIDENCE_LINES = 12
 _LONGEST_VALUE = 200
@@ -321,6 +322,21 @@ def daemon_alert(unhealthy: Sequence[str], *, at: datetime, link: str) -> Alert 
         doing="What serves goes on. Nothing starts the daemon by itself: `make up` does.",
         raised_at=at,
         evidence=tuple(f"no heartbeat: {name}" for name in unhealthy),
+        link=link,
+    )
+
+
+def storage_alert(reason: str, *, at: datetime, link: str) -> Alert:
+    """Dagster's storage cannot be had, so that nothing of Dagster runs, nor tells of it."""
+    return Alert(
+        id=f"storage-{at:%Y%m%dT%H%M%S}",
+        key=STORAGE,
+        severity="critical",
+        title="Dagster's storage cannot be had",
+        what="No run, schedule or sensor works until its database answers again.",
+        doing="What serves goes on. Nothing starts the database by itself.",
+        raised_at=at,
+        evidence=(first_line(reason, _LONGEST_VALUE),),
         link=link,
     )
 

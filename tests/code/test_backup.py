@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,16 +18,20 @@ from unittest import mock
 
 import pytest
 
-from churn_assets.contract.logged import hold
+from churn_assets.contract.logged import CREATE_TABLE, TABLE, hold
 from churn_assets.errors import UserError
 from churn_assets.home import Home
-from churn_assets.home_format import RESTORING
+from churn_assets.home_format import RESTORING, Marker, current_marker, write_marker
 from churn_assets.lifecycle import backup as backups
+from churn_assets.lifecycle import postgres_dump
 from churn_assets.lifecycle import restore as restores
 from churn_assets.lifecycle.backup import MANIFEST, Manifest, back_up
+from churn_assets.lifecycle.deployment import announced
+from churn_assets.lifecycle.postgres_dump import dump, load
 from churn_assets.lifecycle.restore import restore
 from churn_assets.lifecycle.state_places import files_of, state_of
 from churn_assets.settings import Settings, load_settings
+from churn_service.log_postgres import PostgresLog
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 PARTITION = "lake/orders/day=2024-01-01/part-0.parquet"
@@ -44,6 +49,14 @@ def own_environment() -> Generator[None]:
 @pytest.fixture
 def settings() -> Settings:
     return load_settings()
+
+
+def rooms_of(home: Home) -> list[Path]:
+    """Every file and folder a home knows of itself."""
+    named = [getattr(home, name) for name, kind in vars(Home).items() if isinstance(kind, property)]
+    inside = [path for path in named if isinstance(path, Path) and path.is_relative_to(home.root)]
+    # It is of a process that runs.
+    return [path for path in inside if path != home.running_service]
 
 
 @pytest.fixture
@@ -67,6 +80,13 @@ def home(tmp_path: Path) -> Home:
         path = made.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    for room in rooms_of(made):
+        if not room.exists() and not room.suffix:
+            room.mkdir(parents=True)
+        path = room / "a" / "file" if room.is_dir() else room
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(f"{room}\n")
     (made.root / "serving/keys.json").chmod(0o600)
     os.utime(made.root / PARTITION, ns=(1_700_000_000_123_456_789, 1_700_000_000_123_456_789))
     with closing(sqlite3.connect(made.root / "mlflow.db")) as connection, connection:
@@ -84,8 +104,15 @@ def backed_up(home: Home, settings: Settings, target: Path) -> Manifest:
     return back_up(home, state_of(home, settings), target, now=NOW)
 
 
-def restored(home: Home, settings: Settings, source: Path, **options: bool) -> Manifest:
-    return restore(home, state_of(home, settings), source, **options)
+def restored(
+    home: Home,
+    settings: Settings,
+    source: Path,
+    *,
+    replace: bool = False,
+    say: Callable[[str], object] = print,
+) -> Manifest:
+    return restore(home, state_of(home, settings), source, replace=replace, say=say)
 
 
 def contents(home: Home) -> dict[str, tuple[bytes, int, int]]:
@@ -104,10 +131,9 @@ def contents(home: Home) -> dict[str, tuple[bytes, int, int]]:
 def test_a_home_comes_back_whole_at_its_place(home: Home, settings: Settings, target: Path) -> None:
     made = backed_up(home, settings, target)
     before = contents(home)
-    assert made.parts[0].name == "serving/current.json"
-    assert [p.name for p in made.parts].index("mlflow.db") < [p.name for p in made.parts].index(
-        "lake"
-    )
+    for room in rooms_of(home):
+        under = f"home/{room.relative_to(home.root).as_posix()}"
+        assert any(f"{name}/".startswith(f"{under}/") for name in made.files), room
     shutil.rmtree(home.root)
     assert restored(home, settings, target) == made
     after = contents(home)
@@ -120,6 +146,45 @@ def test_a_home_comes_back_whole_at_its_place(home: Home, settings: Settings, ta
     others = [p for p in target.parent.iterdir() if p not in (target, home.root)]
     assert others == []
     assert target.stat().st_mode & 0o077 == 0
+
+
+def test_what_refers_to_something_is_copied_before_it(home: Home, settings: Settings) -> None:
+    names = [place.name for place in state_of(home, settings).places]
+    assert names[0] == "serving/current.json"
+    for earlier, later in (
+        *(("dagster", "records"), ("records", "mlflow.db"), ("mlflow.db", "serving")),
+        *(("mlflow.db", "mlartifacts"), ("mlflow.db", "bentoml"), ("serving/log", "lake")),
+        *((name, "lake") for name in names if name != "lake"),
+    ):
+        assert names.index(earlier) < names.index(later), (earlier, later)
+
+
+def test_the_registry_of_feast_is_not_copied_while_it_is_written(
+    home: Home, settings: Settings, tmp_path: Path
+) -> None:
+    """It is written in place, by who holds the lock beside it."""
+    home.feast_registry.write_bytes(b"half")
+    with home.feast_registry.with_name("registry.db.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copying = threading.Thread(target=backed_up, args=(home, settings, tmp_path / "folder"))
+        copying.start()
+        copying.join(timeout=1)
+        assert copying.is_alive()
+        home.feast_registry.write_bytes(b"half and half")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    copying.join(timeout=30)
+    copy = tmp_path / "folder" / "home" / "feast" / "registry.db"
+    assert copy.read_bytes() == b"half and half"
+
+
+def test_a_home_of_a_newer_version_is_not_backed_up_by_this_one(
+    home: Home, settings: Settings, tmp_path: Path
+) -> None:
+    marker = current_marker()
+    write_marker(home.root, Marker({**marker.formats, "lake": 99}, marker.libraries))
+    with pytest.raises(UserError, match="lake has format 99"):
+        backed_up(home, settings, tmp_path / "b.tar")
+    assert not (tmp_path / "b.tar").exists()
 
 
 def test_a_home_comes_back_at_another_place_and_refers_to_itself(
@@ -141,7 +206,7 @@ def test_a_backup_is_of_one_moment_while_a_database_is_written(
 ) -> None:
     """Two tables that are always changed together, by a writer that does not stop."""
     path, stop = home.root / "alerts" / "outbox.db", threading.Event()
-    path.parent.mkdir()
+    path.unlink()
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("CREATE TABLE one (n)")
@@ -258,9 +323,22 @@ def of_a_newer_home(folder: Path) -> str:
     return "lake has format 99"
 
 
+def counted_wrongly(folder: Path) -> str:
+    """As where the list of files was cut by hand."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    name = f"home/{PARTITION}"
+    del manifest["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / name).unlink()
+    return "counts other files than it lists"
+
+
 @pytest.mark.parametrize(
     "bad",
-    [no_manifest, half_a_manifest, changed, missing, added, of_another_format, of_a_newer_home],
+    [
+        *(no_manifest, half_a_manifest, changed, missing, added, of_another_format),
+        *(of_a_newer_home, counted_wrongly),
+    ],
     ids=lambda bad: bad.__name__,
 )
 def test_a_bad_backup_is_refused_and_nothing_is_changed(
@@ -292,15 +370,38 @@ def test_a_file_that_was_cut_off_is_refused(
     assert contents(home) == before
 
 
+@pytest.mark.parametrize("name", ["../outside", "home/../../outside", "ABSOLUTE"])
 def test_a_name_that_leads_out_of_the_home_is_refused(
-    home: Home, settings: Settings, tmp_path: Path
+    home: Home, settings: Settings, tmp_path: Path, name: str
 ) -> None:
-    source = tmp_path / "b.tar"
+    source, outside = tmp_path / "b.tar", tmp_path / "outside"
     with tarfile.open(source, "w") as archive:
-        archive.add(__file__, arcname="../outside")
-    with pytest.raises(UserError, match="damaged"):
+        entry = archive.gettarinfo(__file__)
+        # A tar drops the slash only of what it adds itself.
+        entry.name = str(outside) if name == "ABSOLUTE" else name
+        with open(__file__, "rb") as content:
+            archive.addfile(entry, content)
+    with pytest.raises(UserError, match="damaged or incomplete: it names"):
         restored(home, settings, source, replace=True)
+    assert not outside.exists()
     assert not (home.root / "outside").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_what_is_no_file_is_not_unpacked(
+    home: Home, settings: Settings, tmp_path: Path, kind: bytes
+) -> None:
+    """A link in the place of a file would show another one, of the archive or of the machine."""
+    source = tmp_path / "b.tar"
+    backed_up(home, settings, source)
+    with tarfile.open(source, "a") as archive:
+        entry = tarfile.TarInfo("home/records/link")
+        entry.type, entry.linkname = kind, f"home/{PARTITION}"
+        archive.addfile(entry)
+    before = contents(home)
+    with pytest.raises(UserError, match=r"home/records/link is no file"):
+        restored(home, settings, source, replace=True)
+    assert contents(home) == before
 
 
 def test_a_home_that_is_not_empty_is_replaced_on_request_alone(
@@ -308,6 +409,8 @@ def test_a_home_that_is_not_empty_is_replaced_on_request_alone(
 ) -> None:
     backed_up(home, settings, tmp_path / "b.tar")
     (home.records / "later.json").write_text("{}")
+    (home.root / "later_room").mkdir()
+    (home.root / "later_room" / "file").write_text("of a room that came later")
     (home.root / "mlflow.db-wal").write_bytes(b"of the database that was here")
     before = contents(home)
     with pytest.raises(UserError, match="is not empty; --replace"):
@@ -316,6 +419,7 @@ def test_a_home_that_is_not_empty_is_replaced_on_request_alone(
     restored(home, settings, tmp_path / "b.tar", replace=True)
     after = contents(home)
     assert "records/later.json" not in after
+    assert "later_room/file" not in after
     assert "mlflow.db-wal" not in after
     assert after[PARTITION] == before[PARTITION]
 
@@ -328,7 +432,15 @@ def test_a_home_that_is_used_is_not_replaced(
     for command in ("run", "up"):
         with home.exclusive(command), pytest.raises(UserError, match=f"another `make {command}`"):
             restored(home, settings, source, replace=True)
-    home.prediction_log.mkdir()
+    with (home.root / "mlflow.db.lock").open("a") as transition:
+        fcntl.flock(transition, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="a transition of the registry"):
+            restored(home, settings, source, replace=True)
+    with (
+        announced(home, "http://127.0.0.1:9"),
+        pytest.raises(UserError, match=r"the service at http://127\.0\.0\.1:9 uses"),
+    ):
+        restored(home, settings, source, replace=True)
     worker = hold(home.prediction_log / "w.lock")
     assert worker is not None
     with pytest.raises(UserError, match="a service writes its predictions"):
@@ -454,12 +566,7 @@ def test_databases_of_postgres_come_back(
 def test_of_a_shared_database_only_the_prediction_log_is_taken(
     home: Home, tmp_path: Path, database: str
 ) -> None:
-    config = tmp_path / "churn.yaml"
-    config.write_text(
-        "source: {kind: shop}\ncalendar: {start: 2024-01-01}\n"
-        f"serving: {{prediction_log: {{store: '{database}'}}}}\n"
-    )
-    settings = load_settings(config)
+    settings = with_log(tmp_path, database)
     asked(database, "CREATE TABLE theirs (id int)")
     assert "postgres/prediction_log" not in backed_up(home, settings, tmp_path / "a.tar").files
     asked(database, "CREATE TABLE churn_prediction_log_v1 (number int)")
@@ -470,6 +577,119 @@ def test_of_a_shared_database_only_the_prediction_log_is_taken(
     restored(home, settings, tmp_path / "b.tar", replace=True)
     assert asked(database, "SELECT * FROM theirs") == [(1,)]
     assert asked(database, "SELECT * FROM churn_prediction_log_v1") == [(1,)]
+
+
+def with_log(tmp_path: Path, database: str) -> Settings:
+    """Settings whose prediction log is in a database."""
+    config = tmp_path / "churn.yaml"
+    config.write_text(
+        "source: {kind: shop}\ncalendar: {start: 2024-01-01}\n"
+        f"serving: {{prediction_log: {{store: '{database}'}}}}\n"
+    )
+    return load_settings(config)
+
+
+@pytest.mark.parametrize("began", ["empty", "with rows"])
+def test_no_prediction_newer_than_the_backup_is_left(
+    home: Home, tmp_path: Path, database: str, began: str
+) -> None:
+    """Whether the log was there when the backup was made, or a service made it later."""
+    settings, rows = with_log(tmp_path, database), []
+    if began == "with rows":
+        asked(database, CREATE_TABLE)
+        asked(database, f"INSERT INTO {TABLE} VALUES ('w', 1, 'old')")
+        rows = [("w", 1)]
+    backed_up(home, settings, tmp_path / "b.tar")
+    asked(database, CREATE_TABLE)
+    asked(database, f"INSERT INTO {TABLE} VALUES ('w', 2, 'new'), ('w', 3, 'new')")
+    asked(database, "CREATE TABLE churn_prediction_log_v9 (of_a_newer_version int)")
+    asked(database, "CREATE TABLE churn_predictions (theirs int)")
+    told: list[str] = []
+    restored(home, settings, tmp_path / "b.tar", replace=True, say=told.append)
+    tables = {name for (name,) in asked(database, "SELECT tablename FROM pg_tables "
+                                                  "WHERE schemaname = 'public'")}  # fmt: skip
+    assert tables == {"churn_predictions"} | ({TABLE} if rows else set())
+    if rows:
+        assert asked(database, f"SELECT writer, number FROM {TABLE}") == rows
+    assert f"prediction_log: {2 + len(rows)} rows were in postgresql://" in told[0]
+    assert "churn_prediction_log_v9" in told[1]
+    assert (TABLE in told[1]) is (not rows)
+
+
+def test_a_service_that_logs_to_the_database_is_in_the_way(
+    home: Home, tmp_path: Path, database: str
+) -> None:
+    settings = with_log(tmp_path, database)
+    backed_up(home, settings, tmp_path / "b.tar")
+    before = contents(home)
+    with closing(PostgresLog(database)) as service:
+        service.write([b"a record"])
+        with pytest.raises(UserError, match=r"1 services write predictions to .*; stop"):
+            restored(home, settings, tmp_path / "b.tar", replace=True)
+        assert asked(database, f"SELECT number FROM {TABLE}") == [(1,)]
+    assert contents(home) == before
+
+
+def test_what_a_newer_version_made_is_no_hindrance(
+    home: Home,
+    settings: Settings,
+    tmp_path: Path,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Back from an upgrade: its tables refer to those of before."""
+    monkeypatch.setenv("CHURN_MLFLOW_URI", database.replace("postgresql:", "postgresql+psycopg:"))
+    asked(database, "CREATE TABLE runs (id int PRIMARY KEY)")
+    backed_up(home, settings, tmp_path / "b.tar")
+    asked(database, "CREATE TABLE traces (run int REFERENCES runs (id))")
+    asked(database, "CREATE VIEW counted AS SELECT count(*) FROM runs")
+    told: list[str] = []
+    restored(home, settings, tmp_path / "b.tar", replace=True, say=told.append)
+    assert asked(database, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == [
+        ("runs",)
+    ]
+    assert ["traces" in line for line in told] == [True]
+
+
+def test_a_dump_that_cannot_be_loaded_changes_nothing_in_the_database(
+    home: Home, settings: Settings, tmp_path: Path, database: str
+) -> None:
+    asked(database, "CREATE TABLE runs (id int PRIMARY KEY)")
+    asked(database, "CREATE TYPE color AS ENUM ('red')")
+    asked(database, "CREATE TABLE colors (one color)")
+    dump(database, tmp_path / "dump")
+    asked(database, "CREATE TABLE later (id int)")
+    # Of a table in another schema, which is not taken away.
+    asked(database, "CREATE SCHEMA theirs CREATE TABLE colors (one public.color)")
+    with pytest.raises(UserError, match="failed and changed nothing"):
+        load(database, tmp_path / "dump")
+    assert {name for (name,) in asked(database, "SELECT tablename FROM pg_tables "
+            "WHERE schemaname = 'public'")} == {"runs", "colors", "later"}  # fmt: skip
+
+
+def test_a_dump_by_programs_newer_than_the_server_is_loaded(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Postgres 17 set what servers before it refuse."""
+    asked(database, "CREATE TABLE runs (note text)")
+    setting = "SET transaction_timeout = 0;"
+    asked(database, f"INSERT INTO runs VALUES ('a' || chr(10) || '{setting}' || chr(10))")
+    dump(database, tmp_path / "dump")
+    run = postgres_dump._run
+
+    def as_newer_ones(program: str, url: str | None, *arguments: str) -> None:
+        run(program, url, *arguments)
+        if program == "pg_restore":
+            script = tmp_path / "dump.sql"
+            old = script.read_text()
+            script.write_text(
+                old.replace("SET lock_timeout = 0;", f"SET lock_timeout = 0;\n{setting}", 1)
+            )
+
+    monkeypatch.setattr(postgres_dump, "_run", as_newer_ones)
+    monkeypatch.setattr(postgres_dump, "_TRANSACTION_TIMEOUT_SINCE", 999_999)
+    assert load(database, tmp_path / "dump") == []
+    assert asked(database, "SELECT note FROM runs") == [(f"a\n{setting}\n",)]
 
 
 def test_where_dagster_keeps_its_storage_is_read_from_its_configuration(
@@ -488,3 +708,6 @@ def test_where_dagster_keeps_its_storage_is_read_from_its_configuration(
     configuration.write_text("storage: {postgres: {postgres_url: 'postgresql://db/d'}}\n")
     urls = [place.url for place in state_of(home, settings).places if place.url]
     assert urls == ["postgresql://db/d"]
+    # A home that is to be brought back to another machine has none yet.
+    monkeypatch.setenv("CHURN_DAGSTER_YAML", str(configuration))
+    assert state_of(Home(home.root / "none"), settings).outside == ["postgres/dagster"]

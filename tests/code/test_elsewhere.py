@@ -105,7 +105,7 @@ def test_a_storage_that_cannot_be_had_is_said(
 ) -> None:
     from dagster import DagsterInstance
 
-    from churn_assets.defs.launch import open_dagster
+    from churn_assets.defs.dagster_storage import open_dagster
 
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml)

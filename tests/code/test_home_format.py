@@ -22,9 +22,11 @@ from churn_assets.home_format import (
     FORMATS,
     MARKER,
     RESTORING,
+    Marker,
     current_marker,
     is_older,
     read_marker,
+    write_marker,
 )
 from churn_assets.lifecycle import upgrade as upgrades
 from churn_assets.lifecycle.upgrade import Step, upgrade
@@ -91,6 +93,8 @@ def test_a_home_that_was_killed_while_it_was_made_is_finished(home: Home) -> Non
         ({"formats": {**FORMATS, "something": 1}}, "something has format 1, this code knows none"),
         ({"libraries": {"dagster": "1.13", "mlflow": "99.0"}}, "with mlflow 99.0.*requirements"),
         ({"libraries": {"dagster": "1.13", "mlflow": "3.0"}}, "older version.*`churn upgrade`"),
+        # Numbers, not text: 1.9 is older than 1.13.
+        ({"libraries": {"dagster": "1.9", "mlflow": "3.0"}}, "older version.*`churn upgrade`"),
         ({"formats": {**FORMATS, "home": 1}}, "older version.*`churn upgrade`"),
         ({"formats": 1}, "does not say which format.*churn restore"),
     ],
@@ -231,3 +235,40 @@ def test_a_backup_that_fails_and_a_home_in_use_stop_an_upgrade(
     (home.root / RESTORING).write_text("{}")
     with pytest.raises(UserError, match="restore"):
         upgrade(home, log=None, back_up=None, say=print)
+
+
+def test_a_home_of_a_newer_version_is_not_upgraded(
+    home: Home, libraries: list[tuple[str, ...]]
+) -> None:
+    say_of(home, formats={**FORMATS, "lake": 99, "home": 1})
+    before = (home.root / MARKER).read_bytes()
+    with pytest.raises(UserError, match="lake has format 99"):
+        upgrade(home, log=None, back_up=lambda: pytest.fail("it was begun"), say=print)
+    assert (home.root / MARKER).read_bytes() == before
+    assert libraries == []
+
+
+def test_databases_that_could_not_be_migrated_are_so_at_the_next_upgrade(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_before_the_marker(home)
+
+    def fails(*_: object) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(upgrades, "_run", fails)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no room"):
+            upgrade(home, log=None, back_up=None, say=print)
+        with pytest.raises(UserError, match="run `churn upgrade`"):
+            home.check_format()
+
+
+def test_a_marker_is_replaced_in_one_step(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_marker(home.root, Marker({}, {}))
+    assert read_marker(home.root) == current_marker()

@@ -212,3 +212,50 @@ def test_a_store_that_cannot_be_written_is_told_without_its_password(tmp_path: P
     ):
         writer.state()
     assert "secret" not in str(error.value)
+
+
+HOSTILE = [
+    "' OR '1'='1",
+    "c1'; DROP TABLE state; --",
+    'c1"; DELETE FROM state; --',
+    "*",
+    "?[a-z]",
+    "%",
+    "state",
+    ":state",
+    "../state",
+    "c1\r\nFLUSHALL\r\n",
+    "$3\r\nGET\r\n",
+    "c1\0",
+    "\0",
+    "c1' \\",
+    "'); redis.call('FLUSHALL'); --",
+    "\u202ec1",
+    "c1 ",
+]
+
+
+def test_an_id_is_neither_sql_nor_a_key_of_another(
+    location: str, namespace: str, writer: OnlineWriter, orders
+) -> None:
+    """Each is the key of its own row, and of nobody else's, however it is spelled."""
+    # One that the name of this one would match, were it a pattern.
+    other = namespace.replace("[a-z]*?\\", "bcd")
+    with closing(open_writer(location, other)) as theirs:
+        theirs.write(CODEC, ["c1"], [row(CUTOFF, 99)], CUTOFF)
+        theirs.publish(state(CUTOFF))
+        writer.write(CODEC, ["c1"], [row(CUTOFF, 7)], CUTOFF)
+        writer.publish(state(CUTOFF))
+        assert orders("c1", *HOSTILE) == [(7, CUTOFF), *([None] * len(HOSTILE))]
+        rows = [row(CUTOFF, number) for number in range(len(HOSTILE))]
+        writer.write(CODEC, HOSTILE, rows, CUTOFF)
+        assert orders("c1", *HOSTILE) == [(7, CUTOFF), *((n, CUTOFF) for n in range(len(HOSTILE)))]
+        assert writer.state() == state(CUTOFF)
+        writer.remove()
+        writer.publish(state(CUTOFF))
+        assert orders("c1", *HOSTILE) == [None] * (len(HOSTILE) + 1)
+        with closing(open_reader(location, other)) as reader:
+            (kept,) = reader.read(["c1"])
+            assert kept is not None
+            assert kept.values[0] == 99
+        theirs.remove()

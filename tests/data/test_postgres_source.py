@@ -44,7 +44,7 @@ def orders(database: str) -> Iterator[str]:
         connection.execute(sql.SQL("DROP TABLE {}").format(table))
 
 
-def source(url: str, table: str):
+def source(url: str, table: str, **columns: str):
     config = msgspec.convert(
         {
             "kind": "tables",
@@ -57,6 +57,7 @@ def source(url: str, table: str):
                         "customer_id": "customer",
                         "occurred_at": "at",
                         "amount": "total",
+                        **columns,
                     },
                 },
                 "customers": {"derive_from": "orders"},
@@ -84,6 +85,60 @@ def test_a_postgres_table_becomes_events(database: str, orders: str):
 def test_a_table_that_is_not_there_is_named(database: str):
     with pytest.raises(UserError, match="has no table nothing"):
         source(database, "nothing").read("orders", FIRST, LAST)
+
+
+# {t} is a table that is there.
+NASTY = [
+    "x'; DROP TABLE {t}; --",
+    'x"; DROP TABLE {t}; --',
+    '{t}"; DROP TABLE {t}; --',
+    "{t}; DROP TABLE {t}",
+    "(SELECT * FROM {t}) AS x",
+    "pg_read_file('/etc/passwd')",
+    "x\\'; DROP TABLE {t}; --",
+    "$$; DROP TABLE {t}; --",
+    "%s",
+]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_the_name_of_a_table_is_never_sql(database: str, orders: str, nasty: str):
+    with pytest.raises(UserError, match=r"has no table|cannot be read") as error:
+        source(database, nasty.format(t=orders)).read("orders", FIRST, LAST)
+    assert "\n" not in str(error.value)
+    assert source(database, orders).read("orders", FIRST, LAST).rows_read == 3
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_the_name_of_a_column_is_never_sql(database: str, orders: str, nasty: str):
+    with pytest.raises(UserError, match="has no column"):
+        source(database, orders, amount=nasty.format(t=orders)).read("orders", FIRST, LAST)
+    assert source(database, orders).read("orders", FIRST, LAST).rows_read == 3
+
+
+@pytest.mark.parametrize("nasty", [name for name in NASTY if name != "%s"])
+def test_what_really_has_such_names_and_ids_is_read(database: str, orders: str, nasty: str):
+    """Names are quoted on the way to Postgres and on the way out of it; ids are text."""
+    import psycopg
+    from psycopg import sql
+
+    name = nasty.format(t=orders)[:60]
+    table, column = sql.Identifier(name), sql.Identifier(f"{name}!")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("CREATE TABLE {} ({} text, customer text, at date, total int)").format(
+                table, column
+            )
+        )
+        connection.execute(
+            sql.SQL("INSERT INTO {} VALUES (%s, %s, '2024-01-02', 1)").format(table), (name, name)
+        )
+        try:
+            read = source(database, name, order_id=f"{name}!").read("orders", FIRST, LAST)
+        finally:
+            connection.execute(sql.SQL("DROP TABLE {}").format(table))
+    (event,) = read.events.to_pylist()
+    assert (event["order_id"], event["customer_id"]) == (name, name)
 
 
 def test_a_server_that_does_not_answer_is_one_line_without_the_password():

@@ -29,9 +29,9 @@ from churn_assets.settings import load_settings
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = DOCUMENT["services"]
-OURS = "churn-assets:0.1.0"
+OURS = ("churn-assets:0.1.0", "churn-assets-backup:0.1.0")
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
-ONE_SHOT = {"volumes", "buckets"}
+ONE_SHOT = {"volumes", "buckets", "backup"}
 each_service = pytest.mark.parametrize("name", SERVICES)
 
 
@@ -107,7 +107,7 @@ def test_every_service_is_of_an_exact_image_and_says_whether_it_is_well(name: st
     repository, _, tag = service["image"].partition(":")
     assert re.fullmatch(r"[a-z0-9./-]+", repository)
     assert re.fullmatch(r"v?\d+\.\d+(\.\d+)?(-[a-z0-9.]+)?", tag), tag
-    assert (service["image"] == OURS) == (service.get("pull_policy") == "never")
+    assert (service["image"] in OURS) == (service.get("pull_policy") == "never")
     if name in ONE_SHOT:
         assert service["healthcheck"] == {"disable": True}
     else:
@@ -170,7 +170,7 @@ def test_only_the_proxy_and_the_service_are_to_be_had_and_on_loopback_until_told
 def test_every_volume_and_file_is_there() -> None:
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
-            source = volume.partition(":")[0]
+            source = VARIABLE.sub(r"\3", volume).partition(":")[0]
             if source.startswith("."):
                 assert (COMPOSE / source).exists(), source
                 assert volume.endswith(":ro")
@@ -182,7 +182,7 @@ def test_every_volume_and_file_is_there() -> None:
         "service",
         "reports",
     }
-    assert homes.keys() == {"code", "webserver", "daemon", "service", "reports"}
+    assert homes.keys() == {"code", "webserver", "daemon", "service", "reports", "backup"}
 
 
 def test_what_asks_a_service_asks_one_that_is_there_at_its_port() -> None:
@@ -272,6 +272,29 @@ def test_the_image_passes_hadolint_and_takes_the_lock() -> None:
     for source in (source for sources in copied for source in sources.split()):
         assert (PROJECT_ROOT / source).exists(), source
         assert any(source.startswith(line[1:]) for line in ignored if line.startswith("!"))
+
+
+def environment_of(dockerfile: Path) -> dict[str, str]:
+    (block,) = re.findall(r"^ENV ((?:.*\\\n)+.*)$", dockerfile.read_text(), re.MULTILINE)
+    return dict(line.strip(" \\").split("=", 1) for line in block.split("\n"))
+
+
+def test_the_image_of_backups_is_the_projects_with_the_programs_of_the_servers_version() -> None:
+    dockerfile = COMPOSE / "backup.Dockerfile"
+    done = said_by(tool("hadolint"), "--no-color", "--failure-threshold", "style", dockerfile)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    text = dockerfile.read_text()
+    of_project = environment_of(COMPOSE / "Dockerfile")
+    assert environment_of(dockerfile).items() <= of_project.items()
+    (server,) = re.findall(r"^postgres:(\d+)\.", SERVICES["postgres"]["image"])
+    assert re.findall(r"postgresql-client\S*", text) == [f"postgresql-client-{server}"]
+    assert f"ARG PROJECT_IMAGE={OURS[0]}\n" in text
+    # The same Python, which the environment in /app links to.
+    (python,) = re.findall(r"^ARG BASE_IMAGE=(\S+)-slim", text, re.MULTILINE)
+    assert f"ARG BASE_IMAGE={python}-slim" in (COMPOSE / "Dockerfile").read_text()
+    assert text.rstrip().splitlines()[-3] == "USER 1034:1034"
+    # Nobody starts it, and who does not ask for a backup needs no image of it.
+    assert SERVICES["backup"]["profiles"] == ["backup"]
 
 
 def test_secrets_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,6 +412,85 @@ def test_dagster_runs_a_job_on_the_platforms_instance(
         assert stored is not None
         assert stored.status == dg.DagsterRunStatus.SUCCESS
     assert not list(tmp_path.rglob("*.db"))
+
+
+def test_a_backup_takes_the_databases_of_all_three_roles_to_another_server(
+    databases: dict[str, str], tmp_path: Path
+) -> None:
+    """With the environment and the configuration of the service `backup`, as these roles."""
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+
+    if not shutil.which("pg_dump"):
+        pytest.skip("there is no pg_dump; on Debian: apt-get install postgresql-client")
+    server = conninfo_to_dict(postgres_url())
+    host, port = str(server["host"]), str(server.get("port") or 5432)
+
+    def of_this_server(text: str) -> str:
+        text = text.replace("postgres:5432", f"{host}:{port}").replace(
+            "port: 5432", f"port: {port}"
+        )
+        for name, own in databases.items():
+            text = text.replace(f"://{name}", f"://{own}")
+            text = text.replace(f"{port}/{name}", f"{port}/{own}")
+            text = text.replace(f"name: {name}\n", f"name: {own}\n")
+        return text
+
+    for name in ("churn.yaml", "dagster.yaml"):
+        (tmp_path / name).write_text(of_this_server((COMPOSE / name).read_text()))
+    secret = os.environ | {"REDIS_PASSWORD": "of-a-test"}
+    environment = {
+        key: of_this_server(VARIABLE.sub(lambda found: secret[found[1]], value))
+        for key, value in SERVICES["backup"]["environment"].items()
+    } | {
+        "CHURN_POSTGRES_HOST": host,
+        "CHURN_CONFIG": str(tmp_path / "churn.yaml"),
+        "CHURN_DAGSTER_YAML": str(tmp_path / "dagster.yaml"),
+        "CHURN_HOME": str(tmp_path / "home"),
+        "PATH": os.environ["PATH"],
+    }
+
+    def churn(*arguments: str) -> str:
+        command = [sys.executable, "-m", "churn_assets", *arguments]
+        done = said_by(*command, cwd=PROJECT_ROOT, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def asked(role: str, statement: str) -> list[tuple[Any, ...]]:
+        name = databases[role]
+        with psycopg.connect(postgres_url(), user=name, dbname=name) as connection:
+            done = connection.execute(statement.encode())
+            return done.fetchall() if done.description else []
+
+    churn("prepare")
+    tables = {"dagster": "runs", "mlflow": "experiments", "churn": "churn_prediction_log_v1"}
+    for role, table in tables.items():
+        asked(role, f"CREATE TABLE {table} (n int PRIMARY KEY, content bytea)")
+        asked(role, f"INSERT INTO {table} VALUES (1, 'kept')")
+    asked("churn", "CREATE TABLE feast_metadata (n int)")
+    said = churn("backup", str(tmp_path / "b.tar"))
+    for part in ("dagster", "mlflow", "prediction_log", "feast"):
+        assert re.search(rf"^{part} +1 files", said, re.MULTILINE), said
+    for part in ("lake", "online_store"):
+        assert re.search(rf"^{part} +elsewhere", said, re.MULTILINE), said
+    # To a server where the databases are, and nothing else.
+    shutil.rmtree(tmp_path / "home")
+    for role, table in tables.items():
+        asked(role, f"DROP TABLE {table}")
+    asked("churn", "DROP TABLE feast_metadata")
+    churn("restore", str(tmp_path / "b.tar"))
+    for role, table in tables.items():
+        assert asked(role, f"SELECT n FROM {table}") == [(1,)]
+        owner = f"SELECT tableowner FROM pg_tables WHERE tablename = '{table}'"
+        assert asked(role, owner) == [(databases[role],)]
+    assert asked("churn", "SELECT * FROM feast_metadata") == []
+    # And once more over what is there and newer by now.
+    for role, table in tables.items():
+        asked(role, f"INSERT INTO {table} VALUES (2, 'newer')")
+    said = churn("restore", str(tmp_path / "b.tar"), "--replace")
+    assert "prediction_log: 2 rows were in" in said
+    for role, table in tables.items():
+        assert asked(role, f"SELECT n FROM {table}") == [(1,)]
 
 
 def test_the_instance_is_the_projects_but_for_where_it_is_stored() -> None:

@@ -82,6 +82,20 @@ def test_it_holds_no_tools_and_no_pickles(image: Image) -> None:
         assert f"\n{needless}\n" not in packages
 
 
+def test_its_label_leads_to_the_bill_of_what_is_installed(image: Image) -> None:
+    path = inspected(image.id)["Config"]["Labels"]["churn.sbom"]
+    bill = json.loads(run_in(image, f"cat {path}"))
+    listed = {f"{one['name']}=={one['version']}" for one in bill["components"]}
+    script = (
+        "from importlib.metadata import distributions as d; import re; "
+        "print(*{re.sub(r'[-_.]+', '-', x.name).lower() + '==' + x.version for x in "
+        "d(path=[p for p in __import__('sys').path if p.startswith('/app/.venv')])})"
+    )
+    found = run_in(image, f'/app/.venv/bin/python -c "{script}"').split()
+    assert len(found) > 20
+    assert listed == set(found)
+
+
 def test_it_tells_nothing_of_the_index_it_was_built_from(image: Image) -> None:
     told = docker("history", "--no-trunc", image.id) + json.dumps(inspected(image.id))
     assert TOLD_TO_THE_BUILD not in told

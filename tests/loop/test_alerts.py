@@ -40,6 +40,7 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, RecordIOManager
 from churn_assets.home import Home
 from churn_assets.lifecycle.pointer import point_at
+from churn_assets.lifecycle.serving import free_port
 from churn_assets.monitoring.alerts import AlertPolicy
 from churn_assets.settings import Settings
 
@@ -547,3 +548,45 @@ def test_the_command_lists_tests_and_closes(churn, watch: Watch, hook: Webhook) 
     code, said = churn("check")
     assert code == 2
     assert "make run" in said
+
+
+def test_a_storage_of_dagster_that_is_down_is_an_alert_and_one_line(
+    churn, watch: Watch, hook: Webhook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in Dagster cannot tell of it, so `alerts check` does, and loses nothing."""
+    pytest.importorskip("dagster_postgres", reason="it is of the extra `platform`")
+    for name in watch.project.home.environment():
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("CHURN_HOME", str(watch.project.home.root))
+    mine = tmp_path / "mine.yaml"
+    where = f"dagster:t0psecret@127.0.0.1:{free_port()}"
+    mine.write_text(f"storage: {{postgres: {{postgres_url: 'postgresql://{where}/dagster'}}}}\n")
+    monkeypatch.setenv("CHURN_DAGSTER_YAML", str(mine))
+    watch.project.home.dagster.mkdir(exist_ok=True)
+    monkeypatch.setattr("dagster_postgres.utils.time.sleep", lambda _: None)
+    # A process of its own would have read the configuration of this home.
+    monkeypatch.setattr(Project, "of", lambda _: watch.project)
+    hook.status = 500
+    evaluate(watch, passed=False)
+    watch.tick()
+    hook.status = 200
+    watch.at(NOON + timedelta(minutes=5))
+    code, said = churn("check")
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith("error: Dagster's storage cannot be had (")
+    assert "Connection refused" in line
+    assert "mine.yaml" in line
+    # The one that waited arrives, too, and nothing is closed by what could not be read.
+    assert set(watch.open) == {"check/drift_report.no_drift", "storage"}
+    assert sorted(hook.titles) == [
+        "[CRITICAL] Dagster's storage cannot be had",
+        "[WARNING] drift_report.no_drift did not pass",
+    ]
+    code, said = churn()
+    assert code == 0
+    assert "2 open" in said
+    assert "t0psecret" not in f"{line}{said}{hook.accepted}"
+    monkeypatch.delenv("CHURN_DAGSTER_YAML")
+    churn("check")
+    assert "storage" not in watch.open

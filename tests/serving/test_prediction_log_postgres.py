@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+import msgspec
 import psutil
 import pytest
 from log_cases import Client, Load, answered
@@ -46,6 +47,11 @@ class Database:
     def run(self, statement: str) -> list[tuple]:
         cursor = self._connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description else []
+
+    def insert(self, writer: str, content: bytes) -> None:
+        self._connection.execute(
+            f"INSERT INTO {self.schema}.{TABLE} VALUES (%s, 1, %s)".encode(), (writer, content)
+        )
 
     def names(self) -> list[str]:
         found = self.run(f"SELECT record FROM {self.schema}.{TABLE} ORDER BY writer, number")
@@ -230,3 +236,45 @@ def test_a_server_that_is_not_there_is_told_without_the_password(tmp_path: Path)
     with pytest.raises(UserError, match="cannot be used") as refused:
         ingest(open_log_source(url), Lake(str(tmp_path)))
     assert "secret" not in str(refused.value)
+
+
+HOSTILE = [
+    "'; DROP TABLE {table}; --",
+    "', 1, ''); DELETE FROM {table}; --",
+    '"; DROP TABLE {table}; --',
+    "$1; DROP TABLE {table}",
+    "%s %(name)s {{}}",
+    "x\\'; DROP TABLE {table}; --",
+    "c-1\0; --",
+    "' OR ''='",
+]
+
+
+def test_an_id_is_never_sql_on_its_way_through_the_log(
+    database: Database, log: PostgresLog, tmp_path: Path
+) -> None:
+    """Of a customer, of a request, and of a writer, which whoever may write the table chooses."""
+    ids = [each.format(table=f"{database.schema}.{TABLE}") for each in HOSTILE]
+    log.write(
+        [encode_logged(msgspec.structs.replace(answered(each), customer_id=each)) for each in ids]
+    )
+    log.write([record("a last one")])
+    database.run(f"CREATE TABLE {database.schema}.theirs AS SELECT 1 AS kept")
+    writers = [each for each in ids if "\0" not in each]
+    for writer in writers:
+        database.insert(writer, record(f"of {writer}"))
+    nasty = f'{TABLE[:-1]}9"; DROP TABLE theirs; --'
+    quoted = nasty.replace('"', '""')
+    database.run(f'CREATE TABLE {database.schema}."{quoted}" (n int)')
+    assert log.waiting().rows == len(ids) + 1 + len(writers)
+    lake = Lake(str(tmp_path))
+    done = ingest(open_log_source(database.url), lake)
+    kept = lake.read(PREDICTION_LOG)
+    assert sorted(kept["request_id"].to_pylist()) == sorted(
+        [*ids, "a last one", *(f"of {writer}" for writer in writers)]
+    )
+    assert set(ids) < set(kept["customer_id"].to_pylist())
+    # Trimmed by writer and number: no row of another goes, and none stays.
+    assert database.names() == []
+    assert nasty in done.left_alone
+    assert database.run(f"SELECT kept FROM {database.schema}.theirs") == [(1,)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from churn_assets.contract.logged import (
     CREATE_TABLE,
+    LOG_APPLICATION,
     TABLE,
     TABLE_LOCK,
     Durability,
@@ -93,7 +94,7 @@ class PostgresLog:
                 self._url,
                 autocommit=True,
                 connect_timeout=_CONNECT_SECONDS,
-                application_name="churn prediction log",
+                application_name=LOG_APPLICATION,
                 # A server that has gone without a word.
                 tcp_user_timeout=2 * _ANSWER_MS,
             )

@@ -799,6 +799,7 @@ def alerts(context: click.Context) -> None:
         return
     from churn_assets.monitoring.alert_delivery import channels_of
     from churn_assets.monitoring.alert_outbox import Outbox
+    from churn_assets.monitoring.alerts import waits_until
     from churn_assets.settings import load_settings
 
     home, policy = Home.from_environment(), load_settings().alerts
@@ -811,6 +812,8 @@ def alerts(context: click.Context) -> None:
         click.echo(f"  {alert.severity:8}  {condition.since:%Y-%m-%d %H:%M}  {alert.title}")
         click.echo(f"            {alert.what}")
         click.echo(f"            being done: {alert.doing}")
+        if (told_from := waits_until(condition, policy)) is not None:
+            click.echo(f"            sent if it lasts until {told_from:%Y-%m-%d %H:%M}")
         click.echo(f"            {alert.key}  {alert.link or ''}".rstrip())
     click.echo(f"{len(waiting)} not delivered")
     for line in (line for each in waiting for line in each.lines()):

@@ -195,14 +195,21 @@ def due(condition: Condition, now: datetime, policy: AlertPolicy) -> Kind | None
             return "resolved"
         return "passed" if condition.opened and not condition.alert.patient else None
     if condition.told != "open":
-        patience = timedelta(hours=policy.insufficient_hours if condition.alert.patient else 0)
-        if timedelta(0) <= now - condition.since < patience:
+        until = waits_until(condition, policy)
+        if until is not None and condition.since <= now < until:
             return None
         return "raised" if rested else None
     if rank(condition.alert.severity) > rank(condition.told_severity or "info"):
         return "raised"
     repeated = waited is None or waited >= timedelta(hours=policy.repeat_hours)
     return "again" if repeated else None
+
+
+def waits_until(condition: Condition, policy: AlertPolicy) -> datetime | None:
+    """When a patient condition that is open is told, if it lasts; None for any other."""
+    if not (condition.is_open and condition.alert.patient) or condition.told == "open":
+        return None
+    return condition.since + timedelta(hours=policy.insufficient_hours)
 
 
 def after(condition: Condition, kind: Kind, now: datetime) -> Condition:

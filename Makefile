@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 
 .PHONY: help env run up secrets drill chaos backup restore upgrade evidently image test test-drill \
-	test-image test-platform test-parts bench lint lint-workflows format lock audit scan-secrets sbom clean
+	test-image test-platform test-parts test-first-hour bench lint lint-workflows format lock audit scan-secrets sbom clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -81,6 +81,9 @@ test-platform: env ## the tests of the platform's image, which need an engine, P
 
 test-parts: env ## a whole life on Postgres, Redis, S3 and an MLflow server at once, some minutes
 	@$(BIN)/python -m pytest -m parts -rs tests/loop/test_parts.py
+
+test-first-hour: env ## the commands of docs/first-hour.md as they are written, some minutes
+	@$(BIN)/python -m pytest -m hour tests/loop/test_first_hour.py
 
 bench: env ## measure speed and memory; ONLY=features measures that alone
 	@$(BIN)/python -m tests.bench $(ONLY)

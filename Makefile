@@ -17,7 +17,7 @@ UV := uv==0.13.9
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+		| awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 env: $(VENV)/.ready ## make the environment from requirements.lock
 

@@ -181,7 +181,12 @@ class Platform:
 
     def run(self, *command: str) -> str:
         """What a command says in the code location's container."""
-        return docker("exec", f"{self.name}-code", *command)
+        try:
+            return docker("exec", f"{self.name}-code", *command)
+        except AssertionError as error:
+            # Whatever failed, it may be the service that says why.
+            said = docker("logs", "--tail", "80", f"{self.name}-service", check=False)
+            raise AssertionError(f"{error}\n{said}") from error
 
     def ask(
         self, service: str, path: str, body: dict | None = None, authorization: str = ""

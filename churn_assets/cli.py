@@ -354,6 +354,41 @@ def validate_data(
 
 
 @cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def offers(file: Path) -> None:
+    """Record the retention offers of FILE, CSV or parquet: customer_id, and served_at with a zone.
+
+    All of them or, when one cannot be used, none. What is known already stays as it is.
+    """
+    from churn_assets.data.lake import open_lake
+    from churn_assets.data.offers import offers_from, read_offers_file, record_offers
+    from churn_assets.data.sources import OfferedShop, ShopSourceConfig
+    from churn_assets.settings import load_settings
+
+    home, settings = _home_with_data(), load_settings()
+    given = read_offers_file(file, _now())
+    lake = open_lake(settings.lake or str(home.lake), settings.lake_endpoint_url)
+    with home.exclusive("offers"):
+        home.claim(settings.identity())
+        if isinstance(settings.source, ShopSourceConfig):
+            try:
+                shop = OfferedShop(settings.source, settings.calendar.start, None)
+                shop.check(offers_from(given))
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from error
+        new = record_offers(lake, given)
+    click.echo(f"offers: {new:,} new, {given.num_rows - new:,} known")
+    in_holdout = settings.holdout.membership()
+    held_out = {customer for customer in given["customer_id"].to_pylist() if in_holdout(customer)}
+    if held_out:
+        click.echo(
+            f"warning: {len(held_out):,} of the customers are in the hold-out, which nobody may "
+            "treat (docs/holdout.md)",
+            err=True,
+        )
+
+
+@cli.command()
 @click.argument("table")
 def schema(table: str) -> None:
     """Print the JSON schema of a table: a raw table, customer_features or training_set."""

@@ -139,6 +139,20 @@ class Lake:
             footers = pool.map(lambda day: self._footer(table, day).num_rows, days)
             return dict(zip(days, footers, strict=True))
 
+    def stamps(self, table: str) -> dict[date, str]:
+        """What changes with every write of each partition of `table`; nothing is opened."""
+        with self._reaching():
+            if self.on_disk:
+                return {day: _stamp(self.path(table, day)) for day in self.days(table)}
+            self.filesystem.invalidate_cache()
+            found = self.filesystem.find(f"{self.base}/{table}", detail=True)
+        named = ((_PARTITION.search(path), about) for path, about in found.items())
+        return {
+            date.fromisoformat(match[1]): f"{about.get('ETag')} {_changed_at(about)}"
+            for match, about in named
+            if match
+        }
+
     def schema(self, table: str, day: date) -> pa.Schema:
         """The schema of one partition's file.
 
@@ -614,6 +628,15 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
 
 def _with_day(schema: pa.Schema) -> pa.Schema:
     return schema.append(_DAY_FIELD)
+
+
+def _stamp(path: str) -> str:
+    """A partition is a new file whenever it is written."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return "gone"
+    return f"{about.st_ino} {about.st_mtime_ns} {about.st_size}"
 
 
 def _sha256(path: str) -> str | None:

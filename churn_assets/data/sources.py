@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ibis.common.exceptions import TableNotFound
 
+from churn_assets.data.lake import Lake
 from churn_assets.data.mapping import (
     Mapped,
     TableConfig,
@@ -29,6 +30,7 @@ from churn_assets.data.mapping import (
     sql_name,
     sql_text,
 )
+from churn_assets.data.offers import OFFERS, offers_of
 from churn_assets.data.readers import (
     CORRUPT_SCHEMA,
     columns_of,
@@ -45,7 +47,11 @@ from churn_assets.simulator.params import Offer, ShopParams
 from churn_assets.simulator.scenarios import Scenario
 
 if TYPE_CHECKING:
+    import numpy as np
     from ibis.backends import BaseBackend
+    from numpy.typing import NDArray
+
+    from churn_assets.simulator.shop import Shop
 
 
 @dataclass(frozen=True)
@@ -234,17 +240,15 @@ def open_source(
     *,
     base: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    offers: Sequence[Offer] = (),
+    lake: Lake | None = None,
 ) -> Source:
     """The source `config` describes; nothing is read yet.
 
     start: first day of the built-in shop's record. base: where relative paths start (default: the
-    working directory). offers: those the shop's customers were served.
+    working directory). lake: where the offers are that the shop's customers were served.
     """
     if isinstance(config, ShopSourceConfig):
-        from churn_assets.simulator.shop import Shop
-
-        return ShopSource(Shop(config.shop, start, offers, config.scenario))
+        return ShopSource(OfferedShop(config, start, lake))
     settled = resolve_paths(
         config, base or Path.cwd(), os.environ if environment is None else environment
     )
@@ -263,6 +267,58 @@ class EventMaker(Protocol):
     def events(self, table: str, first: date, last: date) -> pa.Table:
         """Events of partitions `first` to `last`, raw schema."""
         ...
+
+
+class OfferedShop:
+    """The built-in shop, whose customers react to the offers that a lake has of them.
+
+    It is made anew when the table has changed. Day d follows from the offers served before d.
+    """
+
+    def __init__(self, config: ShopSourceConfig, start: date, lake: Lake | None) -> None:
+        """A shop from `start` on. Raises UserError when its scenario happens before."""
+        self._config, self._start, self._lake = config, start, lake
+        self._lock = Lock()
+        self._stamps: dict[date, str] = {}
+        self._shop = self._with(())
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The raw tables it makes."""
+        return self._shop.tables
+
+    def events(self, table: str, first: date, last: date) -> pa.Table:
+        """Events of partitions `first` to `last`, raw schema. Raises UserError as Shop does."""
+        return self._now().events(table, first, last)
+
+    def churn_probability(
+        self, customer_ids: Sequence[str], cutoff: datetime, horizon_days: int
+    ) -> NDArray[np.float64]:
+        """P(no order in [cutoff, cutoff + horizon)) [customers], by the offers before the cutoff.
+
+        Raises UserError as Shop does.
+        """
+        return self._now().churn_probability(customer_ids, cutoff, horizon_days)
+
+    def check(self, offers: Sequence[Offer]) -> None:
+        """Raises UserError for an offer to somebody who was not a customer when it was served."""
+        self._with(offers)
+
+    def _now(self) -> Shop:
+        if self._lake is None:
+            return self._shop
+        with self._lock:
+            # Looked at before they are read, so that what comes in between is read the next time.
+            stamps = self._lake.stamps(OFFERS)
+            if stamps != self._stamps:
+                self._shop = self._with(offers_of(self._lake))
+                self._stamps = stamps
+            return self._shop
+
+    def _with(self, offers: Sequence[Offer]) -> Shop:
+        from churn_assets.simulator.shop import Shop
+
+        return Shop(self._config.shop, self._start, offers, self._config.scenario)
 
 
 class ShopSource:

@@ -1,7 +1,8 @@
 """One case of the drill: months of the shop through the jobs and sensors of this code location.
 
 The home, the registry, the bento, the service and the prediction log are real; what is simulated is
-the shop, its customers' requests, and the clock. The shop is not told of anything that is decided.
+the shop, its customers' requests, and the clock. Of what is decided the shop hears of the offers
+that its customers were served, and of nothing else.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ from churn_assets.contract.clock import CLOCK_VARIABLE, set_clock
 from churn_assets.contract.request import ROWS
 from churn_assets.data.features import customer_features, look_back_days
 from churn_assets.data.lake import DAY
+from churn_assets.data.offers import offers_table, read_offers, record_offers
 from churn_assets.data.prediction_log import PREDICTION_LOG
-from churn_assets.data.sources import ShopSourceConfig
+from churn_assets.data.sources import OfferedShop, ShopSourceConfig, Source, open_source
 from churn_assets.data.windows import label_partition, partition_of_cutoff
 from churn_assets.defs.launch import NO_CAPTURE, run_everything
 from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project
 from churn_assets.defs.simulated_daemon import SimulatedDaemon
 from churn_assets.drill.cases import HISTORY_DAYS, START, Case
-from churn_assets.drill.outcome import OUTCOME, Event, Outcome, outcome, rolling_auc
+from churn_assets.drill.offer_desk import OfferDesk
+from churn_assets.drill.outcome import OUTCOME, Event, Outcome, Treated, outcome, rolling_auc
 from churn_assets.drill.sabotage import SABOTEUR, force_into_production
 from churn_assets.home import Home
 from churn_assets.lifecycle.history import Step
@@ -56,7 +59,7 @@ from churn_assets.modeling.rows import Part, feature_matrix
 from churn_assets.monitoring.metric import read_metrics
 from churn_assets.monitoring.retraining import RetrainingDecision
 from churn_assets.monitoring.rollback import RollbackDecision
-from churn_assets.simulator import Shop
+from churn_assets.monitoring.treatment import TreatmentReport, entries_of, marked_predictions
 
 REQUESTS_A_DAY = 600
 ONE_BY_ONE = 40
@@ -94,6 +97,8 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
     begun = time.monotonic()
     first = START + timedelta(days=HISTORY_DAYS)
     counts = Counts()
+    horizon = timedelta(days=SETTINGS.windows.horizon_days)
+    offers = OfferDesk(SETTINGS.costs.threshold, horizon) if case.offers else None
     with _instance(home) as instance, _served(home) as url:
         project = Project.of(home)
         daemon = SimulatedDaemon(
@@ -115,11 +120,15 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
                 forced = _sabotage(case, project, daemon, _at(day, 6))
                 # Doing nothing is to let what was forced in serve on.
                 kept = _served_graph(project, forced) if case.sabotage == "backwards" else kept
-            _ask_all_day(project, url, clock, day, customers, counts, after=day >= case.change)
+            after = day >= case.change
+            _ask_all_day(
+                project, url, clock, day, customers, counts, offers if after else None, after=after
+            )
         daemon.run_until(_at(first + case.days * _DAY, 5, 30))
         failed = [run for run in daemon.runs if not run.success]
         events = _events(project, daemon)
         days, requests = _judged(case, project, kept)
+        treated = _treated(project) if case.offers else None
         history = read_registry(project.mlflow_client(), SETTINGS.model_name).history
     return outcome(
         case,
@@ -131,6 +140,7 @@ def run_case(case: Case, home: Home, clock: Path, *, customers: int = REQUESTS_A
         requests=requests,
         horizon_days=SETTINGS.windows.horizon_days,
         seconds=time.monotonic() - begun,
+        treated=treated,
     )
 
 
@@ -247,10 +257,14 @@ def _ask_all_day(
     day: date,
     customers: int,
     counts: Counts,
+    offers: OfferDesk | None,
     *,
     after: bool,
 ) -> None:
-    """Requests of a day: by id, in batches and one by one, about some of the customers."""
+    """Requests of a day: by id, in batches and one by one, about some of the customers.
+
+    `offers` acts on the answers, and the lake is told.
+    """
     newest = project.lake.days("customer_features")[-1]
     table = project.lake.read("customer_features", newest, newest, columns=["customer_id"])
     ids = table["customer_id"].to_pylist()
@@ -260,11 +274,18 @@ def _ask_all_day(
     for hour, part in zip(_HOURS, parts, strict=True):
         set_clock(clock, _at(day, hour))
         alone = part[: ONE_BY_ONE // len(_HOURS)]
+        answers = []
         for customer in alone:
-            _count(counts, 1, after, ask(url, {"customer_id": customer}))
+            answer = ask(url, {"customer_id": customer})
+            _count(counts, 1, after, answer)
+            answers += [msgspec.json.decode(answer.content)] if answer.status == 200 else []
         rows = [{"customer_id": customer} for customer in part[len(alone) :]]
         answer = ask(url, {ROWS: rows}, path="/predict_batch")
         _count(counts, len(rows), after, answer)
+        if answer.status == 200:
+            answers += msgspec.json.decode(answer.content)["predictions"]
+        if offers is not None and (chosen := offers.serve(answers, _at(day, hour))):
+            record_offers(project.lake, offers_table(chosen))
 
 
 def _count(counts: Counts, rows: int, after: bool, answer: Any) -> None:
@@ -299,6 +320,7 @@ def _events(project: Project, daemon: SimulatedDaemon) -> list[Event]:
     for taken in every_record(records, "rollback_decision", RollbackDecision):
         if taken.verdict != "keep":
             found.append(Event(taken.at, "decision", taken.verdict, "; ".join(taken.reasons)))
+    found += _verdicts(treatment_reports(project))
     history = read_registry(project.mlflow_client(), SETTINGS.model_name).history
     found += [
         Event(step.at, "step", f"version {step.version} {step.target}", f"{step.who}: {step.why}")
@@ -313,6 +335,51 @@ def _events(project: Project, daemon: SimulatedDaemon) -> list[Event]:
     return sorted(found, key=lambda event: event.at)
 
 
+def treatment_reports(project: Project) -> list[TreatmentReport]:
+    """Every one there is, the oldest first."""
+    found = every_record(project.home.records, "treatment_report", TreatmentReport)
+    return sorted(found, key=lambda report: report.at)
+
+
+def _verdicts(reports: Sequence[TreatmentReport]) -> list[Event]:
+    """What treatment reports say, each time it is something else."""
+    said = [None, *(report.verdict for report in reports)]
+    return [
+        Event(report.at, "report", report.verdict, report.reason)
+        for before, report in zip(said, reports, strict=False)
+        if report.verdict != before
+    ]
+
+
+def _treated(project: Project) -> Treated | None:
+    """What the last treatment report says, beside what the shop knows; None without a report."""
+    reports, source = treatment_reports(project), SETTINGS.source
+    if not reports or not isinstance(source, ShopSourceConfig):
+        return None
+    last, lake = reports[-1], project.lake
+    log = lake.read(PREDICTION_LOG, days=lake.days(PREDICTION_LOG)).to_pandas()
+    entered = entries_of(marked_predictions(log), last.threshold, ())
+    horizon = timedelta(days=SETTINGS.windows.horizon_days)
+    known = entered["cutoff"] + horizon <= last.until
+    others = entered[known & entered["holdout"].eq(False)].reset_index(drop=True)
+    untold = open_source(source, SETTINGS.calendar.start)
+    offers = read_offers(lake)
+    return Treated(
+        verdict=last.verdict,
+        effect=last.effect,
+        lower=last.lower,
+        upper=last.upper,
+        true_effect=float(_truth(untold, others).mean() - _truth(project.source, others).mean())
+        if len(others)
+        else None,
+        held_out=last.held_out.rows,
+        others=last.others.rows,
+        offers=0 if offers is None else offers.num_rows,
+        scores=last.scores,
+        intact=last.intact.verdict,
+    )
+
+
 def _human_steps(history: Sequence[Step]) -> int:
     return sum(step.who not in (*NOT_PERSONS, SABOTEUR) for step in history)
 
@@ -320,13 +387,15 @@ def _human_steps(history: Sequence[Step]) -> int:
 def _judged(case: Case, project: Project, kept: bytes) -> tuple[Any, int]:
     """The rolling AUC of what was served, of doing nothing and of the oracle, and the requests.
 
-    kept: the graph that doing nothing would serve.
+    kept: the graph that doing nothing would serve. Where offers are served, of the customers held
+    out from them: what others did says nothing of a model that was acted on.
     """
     lake, names = project.lake, [feature.name for feature in project.features]
     log = lake.read(PREDICTION_LOG, days=lake.days(PREDICTION_LOG)).to_pandas()
-    log = log[log["cutoff"].notna()].reset_index(drop=True)
+    judged = log["cutoff"].notna() & (log["holdout"].eq(True) if case.offers else True)
+    log = log[judged].reset_index(drop=True)
     x = feature_matrix(log, names)
-    churned = _truth(project, log)
+    churned = _truth(project.source, log)
     days = sorted({moment.date() for moment in log["at"]})
     scores = {
         "served": log["probability"].to_numpy(dtype=np.float64),
@@ -345,12 +414,12 @@ def _served_graph(project: Project, version: str) -> bytes:
     return release.model
 
 
-def _truth(project: Project, log: pd.DataFrame) -> NDArray[np.bool_]:
+def _truth(source: Source, log: pd.DataFrame) -> NDArray[np.bool_]:
     """Who placed no order within the horizon after the cutoff [rows], from the shop itself."""
     horizon = timedelta(days=SETTINGS.windows.horizon_days)
     first = partition_of_cutoff(log["cutoff"].min())
     last = (log["cutoff"].max() + horizon).date()
-    orders = project.source.read("orders", first, last).events.to_pandas()
+    orders = source.read("orders", first, last).events.to_pandas()
     found = pd.merge_asof(
         log[["customer_id", "cutoff"]].reset_index().sort_values("cutoff"),
         orders[["customer_id", "occurred_at"]].sort_values("occurred_at"),
@@ -372,7 +441,7 @@ def _seen_by_oracle(
         return x
     first = partition_of_cutoff(log["cutoff"].min())
     last = partition_of_cutoff(log["cutoff"].max())
-    sound = Shop(source.shop, SETTINGS.calendar.start)
+    sound = OfferedShop(ShopSourceConfig(source.shop), SETTINGS.calendar.start, project.lake)
     tables = {}
     for table in SETTINGS.raw_tables:
         if look_back_days(table, SETTINGS.windows):

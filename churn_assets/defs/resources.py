@@ -23,7 +23,7 @@ from churn_assets.data.engines import open_duckdb, open_engine
 from churn_assets.data.feast_repo import FeatureRepo
 from churn_assets.data.lake import Lake, open_lake
 from churn_assets.data.log_sources import LogSource, open_log_source
-from churn_assets.data.sources import ShopSourceConfig, Source, open_source
+from churn_assets.data.sources import OfferedShop, ShopSourceConfig, Source, open_source
 from churn_assets.data.windows import (
     cutoff_of,
     labelled_partition,
@@ -39,7 +39,6 @@ from churn_assets.monitoring.exposition import write_exposition
 from churn_assets.monitoring.feeds import Fault, contaminated, find_faults
 from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
 from churn_assets.settings import Settings
-from churn_assets.simulator.shop import Shop
 from churn_assets.up import MLFLOW, REPORTS
 
 # How far back faults of the feeds are looked for: longer than any training set reaches.
@@ -99,16 +98,14 @@ class Project:
     @cached_property
     def source(self) -> Source:
         """Where the raw events come from."""
-        return open_source(self.settings.source, self.settings.calendar.start)
+        return open_source(self.settings.source, self.settings.calendar.start, lake=self.lake)
 
     def oracle(self) -> Oracle | None:
         """The true probabilities of churn, where the source is a simulator that knows them."""
         source = self.settings.source
         if not isinstance(source, ShopSourceConfig):
             return None
-        return Shop(
-            source.shop, self.settings.calendar.start, scenario=source.scenario
-        ).churn_probability
+        return OfferedShop(source, self.settings.calendar.start, self.lake).churn_probability
 
     def tenure_days(self, customers: Sequence[str], cutoff: datetime) -> NDArray[np.float64]:
         """Days from the first appearance of each customer to `cutoff`; NaN where it is unknown."""

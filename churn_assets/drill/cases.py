@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any, Literal
@@ -25,7 +26,8 @@ class Case:
     two ticks of the daily schedules; a tick catches up on the days before it. sabotage: what is
     forced into production on the day of the change. labels_late: days for which no labels come in
     after the change. change_after: days before anything happens, so that a false alarm has the time
-    to show. customers: of the shop, about.
+    to show. customers: of the shop, about. offers: from the change on, customers are served
+    retention offers. settings: what the configuration of the case has otherwise, by section.
     """
 
     name: str
@@ -37,7 +39,8 @@ class Case:
     labels_late: int = 0
     change_after: int = 14
     customers: int = 2000
-    settings: dict[str, Any] = field(default_factory=dict)
+    offers: bool = False
+    settings: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def change(self) -> date:
@@ -61,6 +64,20 @@ CASES = (
         "label_delay", "sudden shift, labels late", "label_delay", days=110, every=3, labels_late=35
     ),
     Case("flapping", "flapping", "flapping", days=75, every=3),
+    Case(
+        "offers",
+        "retention offers",
+        days=90,
+        every=3,
+        change_after=0,
+        # Offers change a few points of churn, which fewer customers would not show.
+        customers=4000,
+        offers=True,
+        settings={
+            "holdout": {"share": 0.4},
+            "schedules": {"treatment_report": "0 4 1-31/3 * *"},
+        },
+    ),
 )
 SHORT = (
     Case(
@@ -118,7 +135,7 @@ def configuration(case: Case) -> dict[str, Any]:
     if case.shop != "stable":
         source["scenario"] = {"name": case.shop, "day": case.change}
     tick = _cron_day(case.every)
-    return {
+    document: dict[str, Any] = {
         "source": source,
         "calendar": {"start": START, "days": HISTORY_DAYS},
         "plots": False,
@@ -161,9 +178,11 @@ def configuration(case: Case) -> dict[str, Any]:
             "trial_report": "0 4 1 1 *",
             "clean_archive": "30 5 1 1 *",
             "training": "0 6 1 1 *",
-            **case.settings,
         },
     }
+    for section, values in case.settings.items():
+        document[section] = document.get(section, {}) | dict(values)
+    return document
 
 
 def _cron_day(every: int) -> str:

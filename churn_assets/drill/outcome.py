@@ -46,6 +46,41 @@ class Event(msgspec.Struct, frozen=True):
     why: str
 
 
+class Treated(msgspec.Struct, frozen=True, kw_only=True):
+    """What retention offers did, by the last treatment report, and by the shop, which knows.
+
+    effect, lower, upper: churn rate of the hold-out minus that of the others, with its interval;
+    None without outcomes. true_effect: by how much more of the others the churn rate would have
+    been, at the same cutoffs, had nobody got an offer. held_out, others: outcomes. offers: served.
+    scores: of the model, in the hold-out and outside. intact: whether the hold-out is.
+    """
+
+    verdict: str
+    effect: float | None
+    lower: float | None
+    upper: float | None
+    true_effect: float | None
+    held_out: int
+    others: int
+    offers: int
+    scores: dict[str, dict[str, float]]
+    intact: str
+
+    def line(self) -> str:
+        """In a sentence."""
+        told = self.verdict
+        if self.effect is not None and self.lower is not None and self.upper is not None:
+            told += f", {self.effect:+.1%} [{self.lower:+.1%}, {self.upper:+.1%}]"
+        if self.true_effect is not None:
+            told += f", in truth {self.true_effect:+.1%}"
+        accuracies = [self.scores.get(side, {}).get("accuracy") for side in ("held_out", "others")]
+        accuracy = " and ".join("unknown" if a is None else f"{a:.3f}" for a in accuracies)
+        return (
+            f"{told}; {self.offers:,} offers, outcomes of {self.held_out:,} held out and "
+            f"{self.others:,} others; accuracy {accuracy}"
+        )
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """A case and how it ended. Days count from the change; None is `not` or `does not apply`.
 
@@ -54,7 +89,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     days_after_labels: the same, counted from the first day on which a label of the time after the
     change can have matured. auc_gap: of the last WINDOW_DAYS. auc_lost, auc_lost_doing_nothing: the
     mean gap to the oracle from the change on. false_retrains: asked for by drift or decay where
-    nothing harmful had happened. human_steps: of the registry, the forced release apart.
+    nothing harmful had happened. human_steps: of the registry, the forced release apart. treated:
+    where offers were served; the AUCs are of the hold-out then, whose outcomes no offer changed.
     """
 
     name: str
@@ -83,6 +119,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     days: tuple[Day, ...]
     events: tuple[Event, ...]
     seconds: float
+    treated: Treated | None = None
 
 
 def rolling_auc(
@@ -146,6 +183,7 @@ def outcome(
     requests: int,
     horizon_days: int,
     seconds: float,
+    treated: Treated | None = None,
 ) -> Outcome:
     """What `case` came to. lost: the share of requests a slow or failing release spoiled."""
     change = case.change
@@ -190,6 +228,7 @@ def outcome(
         days=days,
         events=tuple(events),
         seconds=round(seconds, 1),
+        treated=treated,
     )
 
 

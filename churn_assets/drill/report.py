@@ -141,6 +141,8 @@ def _section(one: Outcome) -> str:
             f"nothing {one.auc_lost_doing_nothing:+.4f}. {one.requests:,} requests, "
             f"{one.seconds:.0f} s, {one.failed_runs} failed runs.</p>"
         )
+    if one.treated is not None:
+        lost += f"<p>Offers: {html.escape(one.treated.line())}.</p>"
     return (
         f"<h2>{html.escape(one.title)}</h2>{lost}{_plot(one)}"
         f"<details><summary>{len(one.events)} events</summary><table>{events}</table></details>"

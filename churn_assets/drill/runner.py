@@ -58,6 +58,9 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     done = [one for one in outcomes if isinstance(one, Outcome)]
     write_report(folder, done)
     print(table(done))
+    for one in done:
+        if one.treated is not None:
+            print(f"  {one.title}: {one.treated.line()}")
     missed = [line for line in goals(done) if not line.met]
     for line in goals(done):
         print(f"  {'met   ' if line.met else 'MISSED'}  {line.text}")

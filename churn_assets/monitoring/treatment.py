@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from churn_assets.contract.holdout import Holdout
 from churn_assets.data.lake import Lake
+from churn_assets.data.offers import read_offers
 from churn_assets.data.prediction_log import PREDICTION_LOG, read_log
 from churn_assets.data.windows import partition_of
 from churn_assets.errors import UserError
@@ -37,7 +38,6 @@ from churn_assets.monitoring.outcomes import (
     outcomes_of,
 )
 
-OFFERS = "offers"
 # Customers of the hold-out to be expected before its share says anything.
 SHARE_ROWS = 20
 
@@ -46,12 +46,8 @@ Verdict = Literal[
 ]
 Intact = Literal["ok", "alert", "insufficient"]
 
-_UTC_MOMENT = "datetime64[us, UTC]"
 _COLUMNS = ("customer_id", "at", "request_id", "cutoff", "probability", "holdout")
 _DAY = timedelta(days=1)
-EMPTY_OFFERS = pd.DataFrame(
-    {"customer_id": pd.Series(dtype="str"), "served_at": pd.Series(dtype=_UTC_MOMENT)}
-)
 
 
 @dataclass(frozen=True)
@@ -353,20 +349,18 @@ def judge_treatment(
 ) -> TreatmentReport:
     """`assess` by the prediction log, the labels and, where there are any, the offers in `lake`.
 
-    The table `offers` is in daily partitions: customer_id, and served_at in data time.
+    The table `offers` is that of data/offers.py.
     """
     there = lake.days(PREDICTION_LOG)
     since = partition_of(now) - timedelta(days=policy.window_days)
     log = read_log(lake, [day for day in there if day >= since], _COLUMNS).to_pandas()
     rows = marked_predictions(log, behind=behind)
     labels, matured = matured_labels(lake, rows, horizon_days)
-    offers = None
-    if days := lake.days(OFFERS):
-        offers = lake.read(OFFERS, days=days, columns=list(EMPTY_OFFERS.columns)).to_pandas()
+    offers = read_offers(lake)
     return assess(
         rows,
         labels,
-        offers,
+        None if offers is None else offers.to_pandas(),
         matured=matured,
         before=_above_in(lake, [day for day in there if day < since], costs.threshold),
         holdout=holdout,

@@ -7,18 +7,21 @@ from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import load_model_from_string
 from sklearn.linear_model import LogisticRegression
 
 from churn_assets.drill.cases import CASES, SHORT, Case, case_named, configuration
+from churn_assets.drill.offer_desk import OfferDesk
 from churn_assets.drill.outcome import (
     HARM,
     WINDOW_DAYS,
     Day,
     Event,
     Outcome,
+    Treated,
     healed_on,
     outcome,
     rolling_auc,
@@ -29,6 +32,7 @@ from churn_assets.drill.sabotage import spoiled
 from churn_assets.errors import UserError
 from churn_assets.modeling.onnx_export import export_onnx, predict_onnx
 from churn_assets.settings import load_settings
+from churn_assets.simulator import Offer
 
 CASE = case_named("sudden_shift")
 DAY = timedelta(days=1)
@@ -139,6 +143,76 @@ def test_goals_and_report(tmp_path: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<b>because" not in page
     assert "sudden concept shift" in table([bad])
+
+
+TREATED = Treated(
+    verdict="offers keep customers",
+    effect=0.05,
+    lower=0.012,
+    upper=0.088,
+    true_effect=0.041,
+    held_out=700,
+    others=1100,
+    offers=2100,
+    scores={"held_out": {"accuracy": 0.91}, "others": {"rows": 20.0}},
+    intact="ok",
+)
+
+
+def test_what_offers_did_is_told_beside_the_truth(tmp_path: Path) -> None:
+    done = ended(case_named("offers"), days=days_of([0.0] * 8), treated=TREATED)
+    told = (
+        "offers keep customers, +5.0% [+1.2%, +8.8%], in truth +4.1%; 2,100 offers, outcomes of "
+        "700 held out and 1,100 others; accuracy 0.910 and unknown"
+    )
+    assert done.treated is not None
+    assert done.treated.line() == told
+    write_report(tmp_path, [done, ended()])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scenarios"][0]["treated"]["true_effect"] == 0.041
+    assert report["scenarios"][1]["treated"] is None
+    assert f"Offers: {told}." in (tmp_path / "report.html").read_text()
+    unknown = msgspec.structs.replace(TREATED, effect=None, true_effect=None, scores={})
+    assert unknown.line().startswith("offers keep customers; 2,100 offers")
+
+
+def test_offers_go_to_those_above_the_threshold_once_a_horizon() -> None:
+    desk = OfferDesk(0.3, 14 * DAY)
+    at = datetime.combine(CASE.change, time(9), UTC)
+
+    def answer(customer: str, p: float, *, holdout: bool = False) -> dict[str, Any]:
+        return {"customer_id": customer, "churn_probability": p, "holdout": holdout}
+
+    answers = [
+        answer("a", 0.31),
+        answer("at the threshold", 0.3),
+        answer("held out", 0.9, holdout=True),
+        answer("a", 0.8),
+        {"error": {"status": 404, "field": "customer_id", "message": "unknown"}},
+        answer("b", 1.0),
+    ]
+    assert desk.serve(answers, at) == [Offer("a", at), Offer("b", at)]
+    later = at + 13 * DAY
+    assert desk.serve([answer("a", 0.9), answer("c", 0.9)], later) == [Offer("c", later)]
+    again = at + 14 * DAY
+    assert desk.serve([answer("a", 0.9), answer("c", 0.9)], again) == [Offer("a", again)]
+
+
+def test_a_case_with_offers_has_a_large_hold_out_and_looks_at_it(tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "case.yaml"
+    case = case_named("offers")
+    assert case.offers
+    path.write_text(yaml.safe_dump(configuration(case)))
+    settings = load_settings(path)
+    other = configuration(case_named("stable_year"))
+    assert settings.holdout.share >= 0.3
+    # What is not asked for otherwise is as in other cases.
+    assert settings.schedules.drift_report == "0 3 1-31/3 * *"
+    assert settings.schedules.treatment_report == "0 4 1-31/3 * *"
+    assert other["schedules"]["treatment_report"] == "0 4 1 1 *"
+    assert "holdout" not in other
 
 
 @pytest.mark.parametrize("case", [*CASES, *SHORT], ids=lambda case: f"{case.name}-{case.days}")

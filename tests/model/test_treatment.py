@@ -16,12 +16,12 @@ from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.logged import LoggedPrediction
 from churn_assets.data.lake import Lake
+from churn_assets.data.offers import OFFERS
 from churn_assets.data.prediction_log import PREDICTION_LOG, log_table
 from churn_assets.data.tables import TIMESTAMP
 from churn_assets.errors import UserError
 from churn_assets.modeling.costs import CostPolicy
 from churn_assets.monitoring.treatment import (
-    OFFERS,
     Group,
     TreatmentPolicy,
     TreatmentReport,

@@ -610,14 +610,15 @@ def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, t
     # Nothing is in Staging: every version that passed went on by itself. And this shop is small.
     (approve,) = [command for command in written if " approve " in command]
     (validate,) = [command for command in written if " validate-data " in command]
-    # What is validated is the training set that a command before it has brought back.
+    (offers,) = [command for command in written if " offers " in command]
+    # The file is the training set that a command before has brought back; it names no offers.
     training_set = tmp_path / "training_set.parquet"
     script = ["set -e"]
     for command in written:
         typed = command + (f" --out {training_set}" if "training-set" in command else "")
         typed = typed.replace(" FILE ", f" {training_set} ")
         told = f"{typed} > {tmp_path}/{len(script)}.txt"
-        script.append(f"! {told} 2>&1" if command in (approve, validate) else told)
+        script.append(f"! {told} 2>&1" if command in (approve, validate, offers) else told)
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=ROOT,
@@ -637,6 +638,7 @@ def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, t
     assert [command for command, text in said.items() if not text] == [".venv/bin/churn reconcile"]
     assert "no version is in Staging" in said[approve]
     assert "min_rows" in said[validate]
+    assert "served_at" in said[offers]
 
 
 def test_a_refused_model_goes_nowhere(refused_run: Run, resumed_run: Run):

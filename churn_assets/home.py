@@ -194,8 +194,10 @@ class Home:
         os.environ.update(self.environment())
 
     def environment(self) -> dict[str, str]:
-        """What a process of this home needs in its environment."""
+        """What a process of this home needs in its environment, wherever it is started."""
+        config = os.environ.get("CHURN_CONFIG")
         return {
+            **({"CHURN_CONFIG": str(Path(config).expanduser().resolve())} if config else {}),
             "CHURN_HOME": str(self.root),
             "DAGSTER_HOME": str(self.dagster),
             "CHURN_DAGSTER_STORAGE": str(self.dagster / "storage"),

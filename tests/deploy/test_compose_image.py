@@ -269,6 +269,7 @@ def test_the_platform_comes_up(running: Platform) -> None:
 def test_the_platform_trains_and_serves(running: Platform) -> None:
     import psycopg
 
+    key = running.run("churn", "keys", "add", "test").split()[-1]
     # The whole graph: the lake and MLflow's artifacts in the store, features in Redis.
     print(running.run("churn", "run"))
     admin = f"admin:{running.variables['MLFLOW_ADMIN_PASSWORD']}".encode()
@@ -280,7 +281,6 @@ def test_the_platform_trains_and_serves(running: Platform) -> None:
     assert running.ask("service", "/health")["version"] == "1"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         running.ask("service", "/predict", VALID)
-    key = running.run("churn", "keys", "add", "test").split()[-1]
     answer = running.ask("service", "/predict", VALID, authorization=f"Bearer {key}")
     assert answer["model_version"] == "1"
     own = running.names["churn"]

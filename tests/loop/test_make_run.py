@@ -616,7 +616,7 @@ def test_the_commands_of_the_readme_work_as_they_are_written(resumed_run: Run, t
     script = ["set -e"]
     for command in written:
         typed = command + (f" --out {training_set}" if "training-set" in command else "")
-        typed = typed.replace(" FILE ", f" {training_set} ")
+        typed = re.sub(r" FILE\b", f" {training_set}", typed)
         told = f"{typed} > {tmp_path}/{len(script)}.txt"
         script.append(f"! {told} 2>&1" if command in (approve, validate, offers) else told)
     done = subprocess.run(

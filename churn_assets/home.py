@@ -13,6 +13,8 @@ from churn_assets import home_format
 from churn_assets.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# Files that a variable may name: from where somebody stands, not where a process is started.
+_FILES = ("CHURN_CONFIG", "CHURN_DAGSTER_YAML", "CHURN_API_KEYS")
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,11 @@ class Home:
 
     def environment(self) -> dict[str, str]:
         """What a process of this home needs in its environment, wherever it is started."""
-        config = os.environ.get("CHURN_CONFIG")
+        named = {name: os.environ.get(name) for name in _FILES}
         return {
-            **({"CHURN_CONFIG": str(Path(config).expanduser().resolve())} if config else {}),
+            **{
+                name: str(Path(path).expanduser().resolve()) for name, path in named.items() if path
+            },
             "CHURN_HOME": str(self.root),
             "DAGSTER_HOME": str(self.dagster),
             "CHURN_DAGSTER_STORAGE": str(self.dagster / "storage"),

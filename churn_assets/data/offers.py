@@ -81,10 +81,10 @@ def record_offers(lake: Lake, offers: pa.Table) -> int:
     while calling it. Raises RuntimeError when another writer replaced a day meanwhile.
     """
     days = offers["served_at"].cast(pa.int64()).to_numpy() // _MICROSECONDS_A_DAY
-    new = 0
+    there, new = set(lake.days(OFFERS)), 0
     for number in np.unique(days):
         day = _EPOCH + timedelta(days=int(number))
-        new += _add(lake, day, offers.filter(pa.array(days == number)))
+        new += _add(lake, day, offers.filter(pa.array(days == number)), known=day in there)
     return new
 
 
@@ -105,9 +105,9 @@ def offers_from(rows: pa.Table) -> tuple[Offer, ...]:
     return tuple(Offer(row["customer_id"], row["served_at"]) for row in rows.to_pylist())
 
 
-def _add(lake: Lake, day: date, rows: pa.Table) -> int:
+def _add(lake: Lake, day: date, rows: pa.Table, *, known: bool) -> int:
     there = SCHEMA.empty_table()
-    if day in lake.days(OFFERS):
+    if known:
         there = lake.read(OFFERS, days=[day], columns=SCHEMA.names)
     together = _distinct(pa.concat_tables([there, rows.cast(SCHEMA)]))
     new = together.num_rows - _distinct(there).num_rows

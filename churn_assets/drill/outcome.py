@@ -89,8 +89,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     days_after_labels: the same, counted from the first day on which a label of the time after the
     change can have matured. auc_gap: of the last WINDOW_DAYS. auc_lost, auc_lost_doing_nothing: the
     mean gap to the oracle from the change on. false_retrains: asked for by drift or decay where
-    nothing harmful had happened. human_steps: of the registry, the forced release apart. treated:
-    where offers were served; the AUCs are of the hold-out then, whose outcomes no offer changed.
+    nothing harmful had happened. human_steps: of the registry, the forced release apart.
+    failed_runs: and evaluations of sensors that failed. treated: where offers were served; the
+    AUCs are of the hold-out then, whose outcomes no offer changed.
     """
 
     name: str

@@ -139,7 +139,7 @@ def _section(one: Outcome) -> str:
         lost = (
             f"<p>AUC lost against the oracle from the change on: {one.auc_lost:+.4f}; by doing "
             f"nothing {one.auc_lost_doing_nothing:+.4f}. {one.requests:,} requests, "
-            f"{one.seconds:.0f} s, {one.failed_runs} failed runs.</p>"
+            f"{one.seconds:.0f} s, {one.failed_runs} failed runs and looks of sensors.</p>"
         )
     if one.treated is not None:
         lost += f"<p>Offers: {html.escape(one.treated.line())}.</p>"

@@ -25,6 +25,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return home
 
 
+@pytest.mark.parametrize("name", ["CHURN_CONFIG", "CHURN_DAGSTER_YAML", "CHURN_API_KEYS"])
+def test_a_file_named_from_where_one_stands_is_the_same_for_every_process(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "mine/file")
+    assert home.environment()[name] == str(tmp_path / "mine" / "file")
+    monkeypatch.setenv(name, "")
+    assert name not in home.environment()
+
+
 def test_dagsters_configuration_may_be_another(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import json
 import re
 import shutil
 import subprocess
@@ -136,23 +136,23 @@ def wait_for(url: str, up: subprocess.Popen, log: Path) -> None:
 def test_a_model_of_ones_own_tables_passes_the_gates(hour: Hour) -> None:
     assert "version 1, stage Production" in hour["make run"]
     assert "order,customer,at,amount" in hour["head -2"]
-    assert "1" in hour["churn versions"]
+    assert re.search(r"^ *1  Production  gates passed", hour["churn versions"], re.M)
 
 
 def test_the_next_version_serves_when_somebody_lets_it(hour: Hour) -> None:
-    assert "ada" in hour["churn history"]
-    assert "no worse than the one before it" in hour["churn history"]
+    last = hour["churn history"].splitlines()[-1]
+    assert "version 2  Staging -> Production (version 1 -> Archived)  by ada: no worse" in last
     assert '"model_version":"2"' in hour["/predict"].replace(" ", "")
     assert '"churn_probability":' in hour["/predict"]
-    assert "2" in hour.health
+    assert json.loads(hour.health)["version"] == "2"
 
 
 def test_it_goes_back_and_all_of_it_is_kept(hour: Hour) -> None:
-    assert "1" in hour["churn rollback"]
+    assert "version 1 is in Production" in hour["churn rollback"]
     assert "0 not delivered" in hour["churn alerts"]
     assert "my-shop.tar" in hour["make backup"]
 
 
 def test_every_command_was_run() -> None:
     assert len(commands()) == 14
-    assert os.linesep.join(commands()).count("make ") == 3
+    assert sum(command.startswith("make ") for command in commands()) == 3

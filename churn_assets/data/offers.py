@@ -94,6 +94,20 @@ def read_offers(lake: Lake) -> pa.Table | None:
     return lake.read(OFFERS, days=days, columns=SCHEMA.names) if days else None
 
 
+def offered_between(lake: Lake, since: datetime, until: datetime) -> set[str]:
+    """The customers who were served an offer in [since, until), data time."""
+    first, last = since.astimezone(UTC).date(), until.astimezone(UTC).date()
+    days = [day for day in lake.days(OFFERS) if first <= day <= last]
+    if not days:
+        return set()
+    rows = lake.read(OFFERS, days=days, columns=SCHEMA.names)
+    at = rows["served_at"]
+    inside = pc.and_(
+        pc.greater_equal(at, pa.scalar(since, TIMESTAMP)), pc.less(at, pa.scalar(until, TIMESTAMP))
+    )
+    return set(rows.filter(inside)["customer_id"].to_pylist())
+
+
 def offers_of(lake: Lake) -> tuple[Offer, ...]:
     """Every offer, for the shop, the oldest first."""
     found = read_offers(lake)

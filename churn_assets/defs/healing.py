@@ -251,6 +251,8 @@ def former_version_replayed(project: Project, registry: Registry) -> Evidence | 
         SETTINGS.windows.horizon_days,
         project.home.releases,
         SETTINGS.promotion,
+        SETTINGS.holdout,
+        SETTINGS.rollback.min_rows,
     )
 
 

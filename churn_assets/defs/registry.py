@@ -118,7 +118,14 @@ def promotion_decision(
         comparison = tried_beside_incumbent(project, registry, version)
     else:
         comparison = compare_with_incumbent(
-            client, project.lake, registry, version, project.home.releases, SETTINGS.promotion
+            client,
+            project.lake,
+            registry,
+            version,
+            project.home.releases,
+            SETTINGS.promotion,
+            SETTINGS.windows.horizon_days,
+            SETTINGS.holdout,
         )
     decision = decide(
         registry,

@@ -1,17 +1,23 @@
-"""A candidate beside the version in Production, on the newest labelled customers."""
+"""A candidate beside the version in Production, on the newest labelled customers.
+
+Where some of them were served offers, on those held out from offers: an offer that keeps a customer
+makes the version look wrong that saw the customer leaving, and the other one right.
+"""
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from churn_assets.contract.holdout import Holdout
 from churn_assets.data.lake import Lake
+from churn_assets.data.offers import offered_between
 from churn_assets.data.training_set import FEATURES_TABLE, LABELS_TABLE, restore_training_set
-from churn_assets.data.windows import label_partition
+from churn_assets.data.windows import cutoff_of, label_partition, label_window
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.promotion import PromotionPolicy, paired_replay
@@ -32,6 +38,8 @@ def compare_with_incumbent(
     version: str,
     releases: Path,
     policy: PromotionPolicy,
+    horizon_days: int,
+    holdout: Holdout,
 ) -> Evidence | str | None:
     """`version` and the one in Production on the test cutoff of the former, as both are released.
 
@@ -48,12 +56,19 @@ def compare_with_incumbent(
         if not data_hash or not day:
             raise UserError(f"version {version} names no training set or no test cutoff")
         frame = restore_training_set(lake, data_hash).to_pandas()
-        rows = rows_of(frame, [date.fromisoformat(day)])
+        cutoff = date.fromisoformat(day)
+        rows, population = _undistorted(
+            lake, rows_of(frame, [cutoff]), cutoff, horizon_days, holdout, policy.min_rows
+        )
         scores = [_scores(client, one, rows, releases) for one in (candidate, incumbent)]
     except UserError as error:
         return str(error)
     return paired_replay(
-        outcomes(rows), *scores, incumbent_version=incumbent.version, policy=policy
+        outcomes(rows),
+        *scores,
+        incumbent_version=incumbent.version,
+        policy=policy,
+        population=population,
     )
 
 
@@ -67,11 +82,13 @@ def replay_on_day(
     horizon_days: int,
     releases: Path,
     policy: PromotionPolicy,
+    holdout: Holdout,
+    min_rows: int,
 ) -> Evidence | str:
-    """`version` against `former` on every labelled customer of the feature day `day`.
+    """`version` against `former` on the labelled customers of the feature day `day`.
 
     A version that has learned from that day is flattered by it, so that this can speak against it
-    but not for it. Returns why, when they cannot be compared.
+    but not for it. min_rows: fewer are no evidence. Returns why, when they cannot be compared.
     """
     matured = label_partition(day, horizon_days)
     try:
@@ -79,13 +96,52 @@ def replay_on_day(
         labels = lake.read(
             LABELS_TABLE, matured, matured, columns=["customer_id", "churned"]
         ).to_pandas()
-        rows = features.merge(labels, on="customer_id", validate="one_to_one")
+        rows, population = _undistorted(
+            lake,
+            features.merge(labels, on="customer_id", validate="one_to_one"),
+            day,
+            horizon_days,
+            holdout,
+            min_rows,
+        )
         scores = [
             _scores(client, registry.version(one), rows, releases) for one in (version, former)
         ]
     except UserError as error:
         return str(error)
-    return paired_replay(outcomes(rows), *scores, incumbent_version=former, policy=policy)
+    return paired_replay(
+        outcomes(rows), *scores, incumbent_version=former, policy=policy, population=population
+    )
+
+
+def _undistorted(
+    lake: Lake,
+    rows: pd.DataFrame,
+    day: date,
+    horizon_days: int,
+    holdout: Holdout,
+    min_rows: int,
+) -> tuple[pd.DataFrame, dict[str, float | str]]:
+    """The customers of a feature day to compare on, and who they are, as figures of the evidence.
+
+    All of them where none was served an offer since the day itself, whose requests are what offers
+    are served on. Else those held out, unless they are fewer than `min_rows`: then all of them
+    again, which the figures say.
+    """
+    cutoff = cutoff_of(day)
+    until = label_window(cutoff, horizon_days).end
+    treated = offered_between(lake, cutoff - timedelta(days=1), until)
+    offered = int(rows["customer_id"].isin(treated).sum())
+    if not offered:
+        return rows, {}
+    held_out = rows[rows["customer_id"].map(holdout.membership()).astype(bool)]
+    enough = len(held_out) >= min_rows
+    figures: dict[str, float | str] = {
+        "population": "held out" if enough else "everyone",
+        "offered": offered,
+        "held_out": len(held_out),
+    }
+    return (held_out if enough else rows), figures
 
 
 def _scores(

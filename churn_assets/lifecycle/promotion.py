@@ -100,19 +100,21 @@ def paired_replay(
     *,
     incumbent_version: str,
     policy: PromotionPolicy,
+    population: Mapping[str, float | str] | None = None,
 ) -> Evidence:
     """Both models on the same rows neither was fitted on.
 
-    y: outcomes [rows], true where churned; candidate, incumbent: P(churn) [rows]. It passes when
-    the candidate's mean log loss is at most `policy.margin` above the incumbent's with 95 %
-    confidence (paired differences, normal approximation).
+    y: outcomes [rows], true where churned; candidate, incumbent: P(churn) [rows]. population: whose
+    rows they are, as figures, where there is something to say of it. It passes when the candidate's
+    mean log loss is at most `policy.margin` above the incumbent's with 95 % confidence (paired
+    differences, normal approximation).
     """
     rows = len(y)
     difference = _log_losses(y, candidate) - _log_losses(y, incumbent)
     mean = float(difference.mean()) if rows else math.nan
     spread = float(difference.std(ddof=1)) / math.sqrt(rows) if rows > 1 else math.inf
     bound = mean + Z_95 * spread
-    figures: dict[str, float | str] = {}
+    figures: dict[str, float | str] = dict(population or {})
     for of, p in (("candidate", candidate), ("incumbent", incumbent)) if rows else ():
         scores = score(y, p)
         known = {"auc": scores.auc, "log_loss": scores.log_loss, "brier": scores.brier}
@@ -216,6 +218,19 @@ def _compared(evidence: Evidence, policy: PromotionPolicy) -> str:
     relation = "within" if evidence.passed else "not within"
     return (
         f"its log loss is at most {bound:+.4f} of version {evidence.incumbent}'s on "
-        f"{evidence.rows:,} rows, {relation} the margin {policy.margin:g} "
+        f"{evidence.rows:,} rows{population_of(evidence)}, {relation} the margin {policy.margin:g} "
         f"(at least {policy.min_rows:,} rows)"
+    )
+
+
+def population_of(evidence: Evidence) -> str:
+    """Whose rows the evidence is of where offers were served, for a sentence; else nothing."""
+    figures = evidence.figures
+    if "population" not in figures:
+        return ""
+    if figures["population"] == "held out":
+        return " of the hold-out"
+    return (
+        f" of everyone, of whom {figures['offered']:,.0f} were served an offer and only "
+        f"{figures['held_out']:,.0f} are held out"
     )

@@ -18,6 +18,7 @@ import msgspec
 
 from churn_assets.errors import UserError
 from churn_assets.lifecycle.history import Evidence, Step, last_known_good, tenures
+from churn_assets.lifecycle.promotion import population_of
 from churn_assets.monitoring.metric import Metric
 
 LIVE = ("p95_latency_ms", "error_rate")
@@ -198,5 +199,6 @@ def _worse(replay: Evidence | str | None, policy: WatchPolicy) -> list[str]:
         return []
     return [
         f"its log loss is at least {least:.4f} above that of version {replay.incumbent} on "
-        f"{replay.rows:,} labelled customers, and {policy.margin:g} is allowed"
+        f"{replay.rows:,} labelled customers{population_of(replay)}, and "
+        f"{policy.margin:g} is allowed"
     ]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from datetime import date
+from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -18,24 +19,27 @@ import pytest
 from command import ROOT, environment, write_config
 from conftest import SHOP
 from mlflow import MlflowClient
-from registered import CUSTOMER, Shop, done_by
+from registered import CUSTOMER, TEST_DAY, Shop, done_by
 
 from churn_assets.contract.features import FEATURE_NAMES
+from churn_assets.contract.holdout import Holdout
 from churn_assets.contract.release import MODEL
 from churn_assets.data.lake import DAY, Lake
-from churn_assets.data.windows import label_partition
+from churn_assets.data.offers import offers_table, record_offers
+from churn_assets.data.windows import cutoff_of, label_partition
 from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.home_format import MARKER
 from churn_assets.lifecycle.bento import bento_of_tag
-from churn_assets.lifecycle.comparison import replay_on_day
+from churn_assets.lifecycle.comparison import compare_with_incumbent, replay_on_day
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.pointer import read_current
-from churn_assets.lifecycle.promotion import PromotionPolicy
+from churn_assets.lifecycle.promotion import PromotionPolicy, population_of
 from churn_assets.lifecycle.registry import read_registry
 from churn_assets.lifecycle.release import fetch_release
 from churn_assets.lifecycle.relocation import relocate
 from churn_assets.lifecycle.serving import ask_bento, free_port
+from churn_assets.simulator.params import Offer
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow's way of asking its own database.
@@ -43,8 +47,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+FEW_HELD_OUT = Holdout(0.05)
+
+
+def figure(evidence: Evidence, name: str) -> float:
+    value = evidence.figures[name]
+    assert isinstance(value, float | int), value
+    return value
+
+
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Generator[Shop]:
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Generator[Shop]:
     folder = tmp_path_factory.mktemp("rollback")
     made = Shop(Home(folder / "home"), write_config(folder / "shop.yaml", SHOP), free_port())
     with mock.patch.dict(os.environ):
@@ -66,31 +79,60 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Generator[Shop]:
             service.wait(60)
 
 
-def test_from_a_bad_model_to_the_one_before_it_by_one_action(
-    shop: Shop, record_property: Callable[[str, object], None]
-) -> None:
+@dataclass(frozen=True)
+class Back:
+    """From version 2, which has it backwards, to version 1, in a shop both were approved in.
+
+    good, bad, again: what the service answered with each in Production. evidence: of the approval
+    of version 2. told, seconds: of the rollback, until it was served.
+    """
+
+    shop: Shop
+    good: dict
+    bad: dict
+    again: dict
+    evidence: Evidence
+    told: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def back(begun: Shop) -> Back:
+    shop = begun
     assert shop.register(good=True) == "1"
     done_by(shop, "approve", "--who", "ada", "--why", "the first one")
     good = shop.until_served("1")
-    assert good["risk_level"] == "low"
-
     # A person may approve what the comparison speaks against; it is on record that it did.
     assert shop.register(good=False) == "2"
     done_by(shop, "approve", "--who", "eve", "--why", "a hunch")
     bad = shop.until_served("2")
-    assert bad["risk_level"] == "high"
     evidence = shop.read().history[-1].evidence
-    assert (evidence.kind, evidence.passed, evidence.incumbent) == ("paired_replay", False, "1")
-    assert evidence.figures["candidate_auc"] < 0.1 < 0.9 < evidence.figures["incumbent_auc"]
-
     began = time.monotonic()
     told = done_by(shop, "rollback", "--who", "ada", "--why", "everyone is at risk")
-    assert shop.until_served("1") == good
-    seconds = time.monotonic() - began
-    print(f"rolled back and served again after {seconds:.1f} s")
-    record_property("rollback_seconds", round(seconds, 1))
+    again = shop.until_served("1")
+    return Back(shop, good, bad, again, evidence, told, time.monotonic() - began)
 
-    assert "version 1 is in Production (Dagster run " in told
+
+@pytest.fixture
+def shop(back: Back) -> Shop:
+    """The shop with version 1 in Production again."""
+    return back.shop
+
+
+def test_from_a_bad_model_to_the_one_before_it_by_one_action(
+    back: Back, record_property: Callable[[str, object], None]
+) -> None:
+    shop, evidence = back.shop, back.evidence
+    assert back.good["risk_level"] == "low"
+    assert back.bad["risk_level"] == "high"
+    assert (evidence.kind, evidence.passed, evidence.incumbent) == ("paired_replay", False, "1")
+    assert figure(evidence, "candidate_auc") < 0.1 < 0.9 < figure(evidence, "incumbent_auc")
+
+    assert back.again == back.good
+    print(f"rolled back and served again after {back.seconds:.1f} s")
+    record_property("rollback_seconds", round(back.seconds, 1))
+
+    assert "version 1 is in Production (Dagster run " in back.told
     assert shop.get("/health")["release_id"] == shop.releases["1"].manifest.release_id
     registry = shop.read()
     assert {v.version: v.stage for v in registry.versions.values()} == {
@@ -111,37 +153,89 @@ def test_two_versions_on_the_labelled_customers_of_a_day(shop: Shop, tmp_path: P
     x = rng.integers(0, 30, (600, len(FEATURE_NAMES)))
     ids = [f"c-{number}" for number in range(len(x))]
     features = pa.table({"customer_id": ids, **dict(zip(FEATURE_NAMES, x.T, strict=True))})
-    labels = pa.table({"customer_id": ids, "churned": x[:, 2] > x[:, 0]})
+    leaving = x[:, 2] > x[:, 0]
     lake = Lake(str(tmp_path))
 
-    def compared(version: str, former: str, on: date = day) -> Evidence | str:
+    def compared(
+        version: str, former: str, on: date = day, holdout: Holdout = FEW_HELD_OUT
+    ) -> Evidence | str:
         return replay_on_day(
             shop.client(), lake, shop.read(), version, former, on, horizon,
-            shop.home.releases, PromotionPolicy(),
+            shop.home.releases, PromotionPolicy(), holdout, 100,
         )  # fmt: skip
 
+    def write_labels(churned: np.ndarray) -> None:
+        labels = pa.table({"customer_id": ids, "churned": churned})
+        dated = labels.append_column(DAY, pa.array([matured] * len(ids), pa.date32()))
+        lake.write("churn_labels", matured, matured, dated, day_of=DAY)
+
     matured = label_partition(day, horizon)
-    for table, rows, at in (
-        ("customer_features", features, day),
-        ("churn_labels", labels, matured),
-    ):
-        dated = rows.append_column(DAY, pa.array([at] * len(ids), pa.date32()))
-        lake.write(table, at, at, dated, day_of=DAY)
+    dated = features.append_column(DAY, pa.array([day] * len(ids), pa.date32()))
+    lake.write("customer_features", day, day, dated, day_of=DAY)
+    write_labels(leaving)
     worse = compared("2", "1")
     assert isinstance(worse, Evidence)
     assert (worse.passed, worse.incumbent, worse.rows) == (False, "1", 600)
     better = compared("1", "2")
     assert isinstance(better, Evidence)
     assert better.passed
-    gap = worse.figures["log_loss_difference"]
-    assert isinstance(gap, float)
+    gap = figure(worse, "log_loss_difference")
     assert better.figures["log_loss_difference"] == -gap < -1
+    assert "population" not in worse.figures
+
+    # Whoever was about to leave got an offer and stayed, but for the hold-out.
+    holdout = Holdout(0.5)
+    held_out = np.array([*map(holdout.membership(), ids)])
+    treated = leaving & ~held_out
+    served = [Offer(ids[n], cutoff_of(day) + timedelta(days=1)) for n in np.flatnonzero(treated)]
+    write_labels(leaving & held_out)
+    record_offers(lake, offers_table([Offer(ids[0], cutoff_of(day) - timedelta(days=2))]))
+    before = compared("2", "1", holdout=holdout)
+    assert isinstance(before, Evidence)
+    assert "population" not in before.figures
+    record_offers(lake, offers_table(served))
+    judged = compared("2", "1", holdout=holdout)
+    assert isinstance(judged, Evidence)
+    told = {name: judged.figures[name] for name in ("population", "offered", "held_out")}
+    assert told == {"population": "held out", "offered": treated.sum(), "held_out": held_out.sum()}
+    assert judged.rows == held_out.sum()
+    assert figure(judged, "log_loss_difference") > 1
+    # Too few: the good version looks hardly better than the other one, and it is said of whom.
+    of_all = compared("2", "1")
+    assert isinstance(of_all, Evidence)
+    assert (of_all.rows, of_all.figures["population"]) == (600, "everyone")
+    assert figure(of_all, "log_loss_difference") < 0.6 * gap
+    assert "of whom" in population_of(of_all)
 
     without = features.drop_columns(["login_frequency_7d"])
     dated = without.append_column(DAY, pa.array([day] * len(ids), pa.date32()))
     lake.write("customer_features", day, day, dated, day_of=DAY)
     assert "version 2 needs login_frequency_7d" in str(compared("2", "1"))
     assert "2024-06-04" in str(compared("2", "1", date(2024, 6, 4)))
+
+
+def test_a_candidate_is_compared_on_the_hold_out_where_offers_were_served(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """On the test cutoff of its own training set."""
+    lake = Lake(str(tmp_path / "lake"))
+    shutil.copytree(shop.home.lake, lake.root)
+
+    def compared() -> Evidence:
+        evidence = compare_with_incumbent(
+            shop.client(), lake, shop.read(), "2", shop.home.releases,
+            PromotionPolicy(min_rows=100), 30, Holdout(0.5),
+        )  # fmt: skip
+        assert isinstance(evidence, Evidence)
+        return evidence
+
+    assert "population" not in (before := compared()).figures
+    record_offers(lake, offers_table([Offer("c-3", cutoff_of(TEST_DAY) + timedelta(days=29))]))
+    after = compared()
+    assert (after.figures["population"], after.figures["offered"]) == ("held out", 1)
+    assert after.rows == figure(after, "held_out") < (before.rows or 0)
+    record_offers(lake, offers_table([Offer("c-4", cutoff_of(TEST_DAY) + timedelta(days=30))]))
+    assert compared() == after
 
 
 def test_a_copied_home_refers_to_itself(shop: Shop, tmp_path: Path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -118,6 +119,24 @@ def test_a_release_that_is_surely_worse_on_labels_is_taken_back() -> None:
     least = float(decision.reasons[0].split("at least ")[1].split()[0])
     assert 0.01 < least < mean < most
     assert most - mean == pytest.approx(mean - least, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("population", "says"),
+    [
+        ({"population": "held out", "offered": 90, "held_out": 400}, "customers of the hold-out,"),
+        (
+            {"population": "everyone", "offered": 90, "held_out": 20},
+            "customers of everyone, of whom 90 were served an offer and only 20 are held out,",
+        ),
+    ],
+)
+def test_a_rollback_says_on_whom_it_rests_where_offers_were_served(
+    population: Mapping[str, float | str], says: str
+) -> None:
+    replay = replayed(1.5)
+    replay = msgspec.structs.replace(replay, figures={**replay.figures, **population})
+    assert says in decide(replay=replay).reasons[0]
 
 
 def told(mean: float, most: float) -> Evidence:

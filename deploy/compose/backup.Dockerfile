@@ -1,17 +1,18 @@
 # The project's image with Postgres' client programs, which `churn backup` and `churn restore` call:
 #   docker compose build backup
-# They have to be of the server's version or newer; Debian 13 has those of Postgres 17.
+# They have to be of the server's version, POSTGRES, or newer; Debian 13 has those of Postgres 17.
 ARG PROJECT_IMAGE=churn-assets:0.1.0
 ARG BASE_IMAGE=python:3.11.14-slim-trixie
 
 FROM ${PROJECT_IMAGE} AS project
 
 FROM ${BASE_IMAGE}
+ARG POSTGRES=17
 # On a new server it may be the first to mount the home, whose owner is then that of the folder.
 # Debian keeps no older build of a package than its newest, so its version is not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends postgresql-client-17 \
+    && apt-get install --yes --no-install-recommends postgresql-client-${POSTGRES} \
     && rm -rf /var/lib/apt/lists/* \
     && install --directory --owner 1034 --group 1034 /var/lib/churn
 ENV PATH=/app/.venv/bin:${PATH} \

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -142,28 +143,45 @@ class Platform:
 
     def start(self, service: str) -> None:
         """As compose does, with what `here` changes; returns at once."""
-        of = DOCUMENT["services"][service]
         own, port = str(PORTS[service]), str(self.ports[service])
-        command = [self.here(self.value(word)) for word in of["command"]]
-        command = [re.sub(rf"(^|=){own}$", rf"\g<1>{port}", word) for word in command]
+        command = [re.sub(rf"(^|=){own}$", rf"\g<1>{port}", w) for w in self.command(service)]
+        options = ["-d", "--name", f"{self.name}-{service}", *self.options(service)]
+        docker("run", *options, self.image, *command)
+
+    def once(self, service: str, *command: str, image: str | None = None) -> str:
+        """What a service that ends says, as `docker compose run --rm` starts it."""
+        options = self.options(service)
+        given = command or self.command(service)
+        return docker("run", "--rm", *options, image or self.image, *given)
+
+    def stop(self, *services: str) -> None:
+        for service in services:
+            docker("rm", "--force", f"{self.name}-{service}")
+
+    def command(self, service: str) -> list[str]:
+        return [self.here(self.value(word)) for word in DOCUMENT["services"][service]["command"]]
+
+    def options(self, service: str) -> list[str]:
+        """The service's options, as `docker run` takes them."""
+        of = DOCUMENT["services"][service]
         options = ["--read-only", "--user", of["user"], "--memory", of["mem_limit"]]
         options += ["--pids-limit", str(of["pids_limit"]), "--network", "host"]
         options += [x for path in of["tmpfs"] for x in ("--tmpfs", path)]
         options += [x for each in of["cap_drop"] for x in ("--cap-drop", each)]
+        options += [x for each in of.get("cap_add", ()) for x in ("--cap-add", each)]
         options += [x for each in of["security_opt"] for x in ("--security-opt", each)]
-        for key, text in of["environment"].items() if "environment" in of else ():
+        for key, text in of.get("environment", {}).items():
             given = self.here(self.value(str(text)))
             if key in ("CHURN_POSTGRES_HOST", "CHURN_CODE_HOST"):
                 given = HOST
             options += ["--env", f"{key}={given}"]
-        for volume in of.get("volumes", ()):
-            if volume.startswith("home:"):
+        for volume in map(self.value, of.get("volumes", ())):
+            if not volume.startswith("."):
                 options += ["--volume", f"{self.name}-{volume}"]
-        changed = ["churn.yaml", "workspace.yaml", "mlflow-auth.ini", "dagster.yaml"]
-        for name in changed:
+        for name in ("churn.yaml", "workspace.yaml", "mlflow-auth.ini", "dagster.yaml"):
             inside = "/app" if name == "dagster.yaml" else "/app/deploy/compose"
             options += ["--volume", f"{self.folder / name}:{inside}/{name}:ro"]
-        docker("run", "-d", "--name", f"{self.name}-{service}", *options, self.image, *command)
+        return options
 
     def healthy(self, service: str) -> None:
         """Wait until the healthcheck of the file says so."""
@@ -235,24 +253,23 @@ def platform(
         finally:
             for left in docker("ps", "-aq", "--filter", f"name={name}").split():
                 docker("rm", "--force", left)
-            docker("volume", "rm", "--force", f"{name}-home", check=False)
+            volumes = docker("volume", "ls", "--quiet", "--filter", f"name={name}").split()
+            docker("volume", "rm", "--force", *volumes, check=False)
             store.stop()
 
 
 @pytest.fixture(scope="module")
 def running(platform: Platform) -> Platform:
     """With every service of the image healthy."""
-    buckets = DOCUMENT["services"]["buckets"]["command"]
-    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    given = [x for key, value in keys.items() for x in ("--env", f"{key}={value}")]
-    said = docker(
-        *("run", "--rm", "--network", "host", *given, platform.image),
-        *(platform.here(word) for word in buckets),
-    )
-    assert said.split("\n")[:2] == ["made the bucket lake", "made the bucket mlflow"]
+    platform.once("volumes")
+    said = platform.once("buckets")
+    assert said.splitlines() == ["made the bucket lake", "made the bucket mlflow"]
     for service in PORTS:
         platform.start(service)
         platform.healthy(service)
+        if service == "mlflow":
+            said = platform.once("mlflow-user")
+            assert said.splitlines()[-1] == "made the user churn"
     return platform
 
 
@@ -287,3 +304,61 @@ def test_the_platform_trains_and_serves(running: Platform) -> None:
     with psycopg.connect(os.environ["CHURN_TEST_POSTGRES"], user=own, dbname=own) as connection:
         logged = connection.execute("SELECT count(*) FROM churn_prediction_log_v1").fetchone()
     assert logged == (1,)
+
+
+@pytest.fixture(scope="module")
+def backup_image(platform: Platform, network: str | None, tmp_path_factory) -> str:
+    """The image of backup.Dockerfile, on the engine's base with this machine's package sources."""
+    folder = tmp_path_factory.mktemp("base")
+    sources = Path("/etc/apt/sources.list.d/debian.sources")
+    if not sources.exists():
+        pytest.skip(f"there is no {sources} to build with")
+    shutil.copy(sources, folder)
+    (folder / "Dockerfile").write_text(
+        f"FROM {BASE}\nCOPY debian.sources /etc/apt/sources.list.d/\n", encoding="utf-8"
+    )
+    build = ["docker", "build", *(["--network", network] if network else [])]
+    base, image = f"{ONE_OF_OURS}-base", f"{ONE_OF_OURS}-backup"
+    file = COMPOSE / "backup.Dockerfile"
+    for command in (
+        [*build, "--tag", base, str(folder)],
+        [
+            *(*build, "--tag", image, "--file", str(file)),
+            *(
+                "--build-arg",
+                f"PROJECT_IMAGE={platform.image}",
+                "--build-arg",
+                f"BASE_IMAGE={base}",
+            ),
+            *("--build-arg", f"POSTGRES={server_version()}", str(PROJECT_ROOT)),
+        ],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return image
+
+
+def server_version() -> int:
+    import psycopg
+
+    with psycopg.connect(os.environ["CHURN_TEST_POSTGRES"]) as connection:
+        return connection.info.server_version // 10_000
+
+
+def test_everything_comes_back_from_a_backup(running: Platform, backup_image: str) -> None:
+    """After the home is gone and the databases have gone on, as docs/compose.md has it."""
+    assert inspected(backup_image)["Config"]["User"] == "1034:1034"
+    history = running.run("churn", "history")
+    assert history.strip()
+    print(running.once("backup", "backup", "/backups/b.tar", image=backup_image))
+    running.run("churn", "train", "--reason", "after the backup")
+    assert running.run("churn", "history") != history
+
+    running.stop("code", "webserver", "daemon", "service", "reports", "mlflow")
+    docker("volume", "rm", f"{running.name}-home")
+    print(running.once("backup", "restore", "/backups/b.tar", "--replace", image=backup_image))
+    for service in PORTS:
+        running.start(service)
+        running.healthy(service)
+    assert running.run("churn", "history") == history
+    assert running.ask("service", "/health")["version"] == "1"

@@ -25,10 +25,13 @@ import pytest
 import yaml
 
 from churn_assets.home import PROJECT_ROOT
+from churn_assets.lifecycle.experiments import EXPERIMENT
 from churn_assets.lifecycle.serving import HOST, free_port
 
 COMPOSE = PROJECT_ROOT / "deploy" / "compose"
 LAKE, ARTIFACTS = "lake", "mlflow"
+# Of MLflow, for the project.
+USER = "churn"
 ROLES = ("dagster", "mlflow", "churn")
 # Of a loaded machine; nothing here is timed.
 PATIENCE_S = 900
@@ -38,7 +41,8 @@ PATIENCE_S = 900
 class Parts:
     """Where everything is. `environment` is what a team sets, `databases` the real names by role.
 
-    secrets: every password and key, none of which may be found in what a run leaves.
+    secrets: every password and key, none of which may be found in what a run leaves. admin: the
+    password of MLflow's administrator, which no run has.
     """
 
     environment: dict[str, str]
@@ -49,6 +53,7 @@ class Parts:
     redis: str
     s3: str
     mlflow: str
+    admin: str
 
     def query(self, role: str, statement: str) -> list[tuple[Any, ...]]:
         """The rows of a query of the database of `role`, asked as that role."""
@@ -81,9 +86,11 @@ def all_parts(folder: Path) -> Generator[Parts]:
         redis_url = stack.enter_context(redis_database(redis, redis_password))
         key = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": "s" + "3" * 31}
         s3 = stack.enter_context(s3_endpoint(key))
-        admin = secrets.token_hex(16)
+        admin, ordinary = secrets.token_hex(16), secrets.token_hex(16)
         store = database_url(postgres, names["mlflow"], passwords["mlflow"])
         mlflow = stack.enter_context(mlflow_server(folder, store, admin, s3, key))
+        told = make_user(mlflow, admin, ordinary, EXPERIMENT, "churn")
+        assert told == f"made the user {USER}\n"
         server = conninfo(postgres)
         yield Parts(
             environment={
@@ -96,8 +103,8 @@ def all_parts(folder: Path) -> Generator[Parts]:
                 "CHURN_DB_PASSWORD": passwords["churn"],
                 "REDIS_PASSWORD": redis_password,
                 "CHURN_MLFLOW_URI": mlflow,
-                "MLFLOW_TRACKING_USERNAME": "admin",
-                "MLFLOW_TRACKING_PASSWORD": admin,
+                "MLFLOW_TRACKING_USERNAME": USER,
+                "MLFLOW_TRACKING_PASSWORD": ordinary,
             },
             settings={
                 "lake": f"s3://{LAKE}",
@@ -118,11 +125,12 @@ def all_parts(folder: Path) -> Generator[Parts]:
                 },
             },
             databases=names,
-            secrets=(*passwords.values(), redis_password, admin, *key.values()),
+            secrets=(*passwords.values(), redis_password, admin, ordinary, *key.values()),
             postgres=postgres,
             redis=redis_url,
             s3=s3,
             mlflow=mlflow,
+            admin=admin,
         )
 
 
@@ -270,6 +278,18 @@ def mlflow_server(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(PATIENCE_S)
+
+
+def make_user(url: str, admin: str, password: str, experiment: str, model: str) -> str:
+    """The project's own user of the server, as the platform makes it; what it says."""
+    command = [sys.executable, COMPOSE / "mlflow_user.py", url, USER, experiment, model]
+    login = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": admin}
+    environment = os.environ | login | {"MLFLOW_USER_PASSWORD": password}
+    done = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def dagster_yaml(folder: Path, name: str, port: str) -> Path:

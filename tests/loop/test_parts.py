@@ -8,7 +8,7 @@ import shutil
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -18,7 +18,9 @@ import pytest
 from cluster import QUICK_JAVA, standalone
 from command import Done, churn, environment, write_config
 from mlflow import MlflowClient
-from parts import ARTIFACTS, PATIENCE_S, Parts, all_parts, database_url
+from mlflow.exceptions import RestException
+from mlflow.server.auth.client import AuthServiceClient
+from parts import ARTIFACTS, PATIENCE_S, USER, Parts, all_parts, database_url, make_user
 from test_up import get, processes_of, start, wait_for
 
 from churn_assets.contract.features import FEATURES
@@ -217,7 +219,8 @@ def test_everything_is_in_the_servers(lived: Lived) -> None:
     ((events,),) = parts.query("dagster", "SELECT count(*) FROM event_logs")
     assert events > 1000
     assert parts.query("mlflow", "SELECT version FROM model_versions ORDER BY 1") == [(1,), (2,)]
-    assert parts.query("mlflow", "SELECT username FROM users") == [("admin",)]
+    users = parts.query("mlflow", "SELECT username, is_admin FROM users ORDER BY 1")
+    assert users == [("admin", True), (USER, False)]
     assert parts.query("churn", "SELECT feature_view_name FROM feature_views") == [
         ("customer_features",)
     ]
@@ -287,3 +290,40 @@ def test_spark_made_the_features_of_the_last_day_from_the_bucket(
     ours, theirs = (lake.read("customer_features", LAST, LAST) for lake in (here, there))
     assert ours.num_rows > 100
     assert ours.equals(theirs)
+
+
+def test_the_user_of_mlflow_is_no_administrator_and_gets_what_was_there_before(
+    lived: Lived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's environment has the user's login."""
+    parts = lived.parts
+
+    def as_admin(command: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+            patch.setenv("MLFLOW_TRACKING_PASSWORD", parts.admin)
+            command()
+
+    client = MlflowClient(parts.mlflow)
+    with pytest.raises(RestException, match="Permission denied"):
+        AuthServiceClient(parts.mlflow).create_user("eve", "a long enough password")
+    as_admin(lambda: client.create_experiment("former"))
+    as_admin(lambda: client.create_registered_model("former-model"))
+    former = client.get_experiment_by_name("former")
+    assert former is not None
+
+    def change() -> None:
+        client.set_experiment_tag(former.experiment_id, "changed", "yes")
+        client.set_registered_model_tag("former-model", "changed", "yes")
+
+    with pytest.raises(RestException, match="Permission denied"):
+        change()
+    told = (
+        f"the user {USER} has its password, and may change the experiment former, "
+        "and may change the registered model former-model\n"
+    )
+    password = parts.environment["MLFLOW_TRACKING_PASSWORD"]
+    assert make_user(parts.mlflow, parts.admin, password, "former", "former-model") == told
+    change()
+    again = make_user(parts.mlflow, parts.admin, password, "former", "former-model")
+    assert again == f"the user {USER} has its password\n"

@@ -53,6 +53,7 @@ def run() -> None:
     with home.exclusive():
         home.claim(settings.identity())
         try:
+            _import_skops()
             from churn_assets.defs.launch import run_everything
 
             run_everything(home)
@@ -85,6 +86,7 @@ def train(reason: str | None, url: str | None) -> None:
     home = _home_with_data()
     with home.exclusive():
         home.claim(settings.identity())
+        _import_skops()
         from churn_assets.defs.launch import train as train_here
 
         outcome = train_here(home, reason)
@@ -248,6 +250,7 @@ def drill(names: tuple[str, ...], short: bool, jobs: int, begins: bool, start: P
 
     home = Home.from_environment()
     if begins or start is not None:
+        _import_skops()
         from churn_assets.defs.drill import begin, run_and_write
 
         home.prepare()
@@ -905,6 +908,11 @@ def alerts_close(key: str, who: str, why: str) -> None:
     if not outbox.clear(key, now=_now(), why=f"closed by {who}: {why}"):
         raise UserError(f"no alert {key} is open; `churn alerts` lists those that are")
     click.echo(f"{key} is closed")
+
+
+def _import_skops() -> None:
+    """Before all else that a training imports: it looks for scipy's functions in every module."""
+    import skops.io  # noqa: F401
 
 
 def _now() -> datetime:

@@ -120,10 +120,13 @@ def _recompute(
     known: Mapping[str, pa.Table], customers: np.ndarray, names: Sequence[str], cutoff: datetime
 ) -> dict[str, np.ndarray]:
     """Each feature of `customers` (in their order), from the events known by the cutoff."""
+    theirs = {
+        name: events.filter(_is_in(events["customer_id"], customers))
+        for name, events in known.items()
+    }
 
     def total(table: str, feature: str, column: str, how: str) -> np.ndarray:
-        events = _within(known[table], look_back(cutoff, _LOOK_BACK[feature]))
-        events = events.filter(_is_in(events["customer_id"], customers))
+        events = _within(theirs[table], look_back(cutoff, _LOOK_BACK[feature]))
         groups = events.select(["customer_id", column]).group_by("customer_id")
         groups = groups.aggregate([(column, how)])
         found = np.zeros(len(customers), np.int64)

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -124,20 +124,19 @@ class Lake:
         None for a partition without one. Raises UserError when a partition does not exist.
         """
         self._require(table, days)
-        with self._reaching(), ThreadPoolExecutor(self._requests) as pool:
-            footers = pool.map(lambda day: self._footer(table, day), days)
-            return {
-                day: _greatest(footer, column) for day, footer in zip(days, footers, strict=True)
-            }
+        footers = self._footers(table, days)
+        return {day: _greatest(footer, column) for day, footer in footers.items()}
 
     def row_counts(
         self, table: str, first: date | None = None, last: date | None = None
     ) -> dict[date, int]:
         """Rows per existing partition of [first, last], from the parquet footers."""
         days = self._existing(table, first, last)
-        with self._reaching(), ThreadPoolExecutor(self._requests) as pool:
-            footers = pool.map(lambda day: self._footer(table, day).num_rows, days)
-            return dict(zip(days, footers, strict=True))
+        if self.on_disk:
+            with self._reaching():
+                paths = {day: self.path(table, day) for day in days}
+                return {day: _rows(path, _stamp(path)) for day, path in paths.items()}
+        return {day: footer.num_rows for day, footer in self._footers(table, days).items()}
 
     def stamps(self, table: str) -> dict[date, str]:
         """What changes with every write of each partition of `table`; nothing is opened."""
@@ -160,7 +159,9 @@ class Lake:
         """
         self._require(table, [day])
         with self._reaching():
-            return pq.read_schema(self.path(table, day), filesystem=self.filesystem)
+            # Past fsspec where that is not needed, as in _footers.
+            filesystem = None if self.on_disk else self.filesystem
+            return pq.read_schema(self.path(table, day), filesystem=filesystem)
 
     def scan(
         self,
@@ -474,8 +475,17 @@ class Lake:
         with pq.ParquetFile(path, filesystem=self._whole_files) as file:
             return file.read()
 
-    def _footer(self, table: str, day: date) -> pq.FileMetaData:
-        return pq.read_metadata(self.path(table, day), filesystem=self.filesystem)
+    def _footers(self, table: str, days: Sequence[date]) -> dict[date, pq.FileMetaData]:
+        with self._reaching():
+            if self.on_disk:
+                # One after the other, past fsspec: a third of the processor time of threads.
+                return {day: pq.read_metadata(self.path(table, day)) for day in days}
+
+            def footer(day: date) -> pq.FileMetaData:
+                return pq.read_metadata(self.path(table, day), filesystem=self.filesystem)
+
+            with ThreadPoolExecutor(self._requests) as pool:
+                return dict(zip(days, pool.map(footer, days), strict=True))
 
     def _dataset(
         self,
@@ -628,6 +638,12 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
 
 def _with_day(schema: pa.Schema) -> pa.Schema:
     return schema.append(_DAY_FIELD)
+
+
+@lru_cache(maxsize=50_000)
+def _rows(path: str, stamp: str) -> int:
+    """The rows of a partition's file on disk, read once for each time it is written."""
+    return pq.read_metadata(path).num_rows
 
 
 def _stamp(path: str) -> str:

@@ -93,6 +93,7 @@ def evaluation_report(
         seed=SETTINGS.seed,
         policy=SETTINGS.evaluation,
         costs=SETTINGS.costs,
+        draw=SETTINGS.plots,
     )
     release = build_release(
         project.home.releases,

@@ -50,7 +50,8 @@ def drift_report(project: dg.ResourceParam[Project]):
     )
     watched = watch(project.lake, reference, SETTINGS.drift, now)
     record = watched.record
-    if SETTINGS.drift.draw == "always" or record.verdict == "drift":
+    draw = SETTINGS.drift.draw
+    if draw == "always" or (draw == "on_drift" and record.verdict == "drift"):
         path = home.reports / "drift" / f"{record.last}.html"
         evidently_report(
             watched.report,

@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +55,7 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@cache
 def installed_packages() -> str:
     """Every installed distribution as `name==version`, a line each, sorted."""
     pins = {

@@ -109,6 +109,7 @@ def judge_held_out(
     seed: int,
     policy: EvaluationPolicy | None = None,
     costs: CostPolicy | None = None,
+    draw: bool = True,
 ) -> Judged:
     """Judge `onnx` on the rows of the test cutoff of `frame`.
 
@@ -116,7 +117,7 @@ def judge_held_out(
     fitted_on: the feature days the model's final fit saw; the baselines see the same.
     oracle: gives the true probabilities of customers at a cutoff, where a simulator knows them.
     tenure: gives the days since customers first appeared, as of a cutoff. production: the graph in
-    production, when there is one that takes the same features.
+    production, when there is one that takes the same features. draw: whether there are plots.
     Raises UserError when the frame lacks a day or a column of the split.
     """
     policy, costs = policy or EvaluationPolicy(), costs or CostPolicy()
@@ -166,7 +167,9 @@ def judge_held_out(
         requests=_bodies(test.iloc[chosen[:REQUEST_ROWS]], features),
         reference={name: train[name].to_numpy(dtype=np.float64) for name in features},
         plots=_plots(evaluation, estimator, x, y, p, features, recency, threshold, seed)
-        | {"profit": plots.profit_plot(profit)},
+        | {"profit": plots.profit_plot(profit)}
+        if draw
+        else {},
     )
 
 

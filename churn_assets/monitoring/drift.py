@@ -42,7 +42,8 @@ class DriftPolicy:
     depend on each other, as those of overlapping windows do). Where D is above the limit and chance
     is not ruled out, the feature is insufficient.
     report_rows: rows of each side drawn for Evidently's report. workspace_runs: how many reports
-    Evidently's workspace keeps. draw: whether Evidently draws each report, or those with drift.
+    Evidently's workspace keeps. draw: whether Evidently draws each report, those with drift or
+    none.
     """
 
     alert_above: float = 0.15
@@ -56,11 +57,11 @@ class DriftPolicy:
     false_alarm_days: int = 30
     report_rows: int = 5000
     workspace_runs: int = 60
-    draw: Literal["always", "on_drift"] = "always"
+    draw: Literal["always", "on_drift", "never"] = "always"
 
     def __post_init__(self) -> None:
-        if self.draw not in ("always", "on_drift"):
-            raise UserError(f"drift.draw is {self.draw!r}; set always or on_drift")
+        if self.draw not in ("always", "on_drift", "never"):
+            raise UserError(f"drift.draw is {self.draw!r}; set always, on_drift or never")
         for name in (
             "alert_above",
             "minor_from",

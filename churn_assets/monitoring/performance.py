@@ -42,6 +42,7 @@ from churn_assets.monitoring.outcomes import (
 
 FIGURES = ("accuracy", "auc", "log_loss", "brier", "calibration_error")
 RELEASES_KEPT = 20
+ROWS_AT_A_TIME = 200_000
 HOLDOUT = "holdout"
 
 _DAY = timedelta(days=1)
@@ -235,14 +236,14 @@ def logged_predictions(
 ) -> pd.DataFrame:
     """The first prediction of each customer, label cutoff and release in the partitions `days`.
 
-    Columns: see EMPTY_LOGGED. A day at a time, so that a customer asked about every minute is not
-    in memory a thousand times. holdout: false where the log does not say.
+    Columns: see EMPTY_LOGGED. Some days at a time, so that a customer asked about every minute is
+    not in memory a thousand times. holdout: false where the log does not say.
     """
     parts = [EMPTY_LOGGED]
-    for day in days:
-        there = lake.schema(PREDICTION_LOG, day).names
+    for some in _some_at_a_time(lake, days):
+        there = lake.schema(PREDICTION_LOG, some[0]).names
         columns = [*_COLUMNS, *([HOLDOUT] if HOLDOUT in there else [])]
-        log = lake.read(PREDICTION_LOG, days=[day], columns=columns).to_pandas()
+        log = lake.read(PREDICTION_LOG, days=some, columns=columns).to_pandas()
         if log.empty:
             continue
         rows = log[["request_id", "at", "customer_id", "release_id"]].copy()
@@ -256,6 +257,22 @@ def logged_predictions(
         parts.append(rows.drop_duplicates(["customer_id", "cutoff", "release_id"]))
     frames = [part for part in parts if len(part)]
     return pd.concat(frames, ignore_index=True) if frames else EMPTY_LOGGED
+
+
+def _some_at_a_time(lake: Lake, days: Sequence[date]) -> list[list[date]]:
+    """The partitions `days`, in order, those together that have the same columns and few rows."""
+    rows = lake.row_counts(PREDICTION_LOG, min(days), max(days)) if days else {}
+    some: list[list[date]] = []
+    columns, together = None, 0
+    for day in days:
+        names = lake.schema(PREDICTION_LOG, day).names
+        together += rows[day]
+        if names == columns and together <= ROWS_AT_A_TIME:
+            some[-1].append(day)
+        else:
+            some.append([day])
+            columns, together = names, rows[day]
+    return some
 
 
 def confidence_of(p: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:

@@ -67,7 +67,9 @@ def candidate(trained: TrainedModel, frame: pd.DataFrame) -> Candidate:
     return Candidate(trained, export_onnx(trained.estimator, len(FEATURE_NAMES)), record)
 
 
-def judge(candidate: Candidate, frame: pd.DataFrame, production: bytes | None = None) -> Judged:
+def judge(
+    candidate: Candidate, frame: pd.DataFrame, production: bytes | None = None, *, draw: bool = True
+) -> Judged:
     return judge_held_out(
         frame,
         candidate.trained.split,
@@ -81,6 +83,7 @@ def judge(candidate: Candidate, frame: pd.DataFrame, production: bytes | None = 
         threshold=0.5,
         seed=1,
         policy=POLICY,
+        draw=draw,
     )
 
 
@@ -251,6 +254,17 @@ def test_the_card_says_what_the_evidence_says(
     (tmp_path / "7" / "evidence.json").write_text("{")
     with pytest.raises(UserError, match="evaluate the version again"):
         add_bento(tmp_path / "7", "churn:v7")
+
+
+def test_without_plots_everything_else_is_the_same(
+    candidate: Candidate, frame: pd.DataFrame, judged: Judged, tmp_path: Path
+) -> None:
+    plain = judge(candidate, frame, draw=False)
+    assert plain.plots == {}
+    assert (plain.intervals, plain.segments) == (judged.intervals, judged.segments)
+    card = write_card(tmp_path / "7", Evidence(record_of(candidate, plain), ABOUT), plain.plots)
+    assert "base64," not in card.page.read_text()
+    assert ".png" not in card.markdown
 
 
 def test_the_card_hides_no_limit(candidate: Candidate, judged: Judged) -> None:

@@ -18,6 +18,7 @@ from churn_assets.data.tables import TIMESTAMP
 from churn_assets.errors import UserError
 from churn_assets.modeling.bootstrap import Interval, Resampling
 from churn_assets.modeling.metrics import auc, score
+from churn_assets.monitoring import performance
 from churn_assets.monitoring.outcomes import EMPTY_LABELS
 from churn_assets.monitoring.performance import (
     EMPTY_LOGGED,
@@ -389,6 +390,36 @@ def test_it_is_judged_from_the_lake(tmp_path: Path, holdout: bool) -> None:
     assert other.verdict == "insufficient"
     assert other.counts["scored_by_another_version"] == there
     assert other.releases[0].figures["accuracy"].value == report.everyone["accuracy"].value
+
+
+def test_days_read_together_say_what_each_says_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older partitions have no column that says who is held out."""
+    lake = Lake(str(tmp_path))
+    logged, _ = world(4000, first=LAST - 4 * DAY)
+    write_log(lake, logged, holdout=True)
+    days = lake.days(PREDICTION_LOG)
+    former = lake.read(PREDICTION_LOG, days=days[:2]).drop(["holdout"])
+    lake.write(PREDICTION_LOG, days[0], days[1], former, day_of="at")
+    reads = []
+    read = Lake.read
+
+    def counted(*arguments: Any, **more: Any) -> pa.Table:
+        reads.append(more["days"])
+        return read(*arguments, **more)
+
+    monkeypatch.setattr(Lake, "read", counted)
+    together = performance.logged_predictions(lake, days, "7", timedelta())
+    assert reads == [days[:2], days[2:]]
+    assert together["holdout"].sum() == logged[
+        logged["customer_id"].str.endswith("0") & (logged["at"].dt.date >= days[2])
+    ].pipe(len)
+    reads.clear()
+    monkeypatch.setattr(performance, "ROWS_AT_A_TIME", 1)
+    alone = performance.logged_predictions(lake, days, "7", timedelta())
+    assert reads == [[day] for day in days]
+    pd.testing.assert_frame_equal(together, alone)
 
 
 def test_an_empty_lake_is_insufficient(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and each case goes on in a copy.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,11 @@ def run_cases(cases: Sequence[Case], home: Home, *, jobs: int, short: bool = Fal
     for case, one in zip(cases, outcomes, strict=True):
         if not isinstance(one, Outcome):
             print(f"{case.name} did not come to an end: {one}", file=sys.stderr)
-    print(f"\n  {folder / 'report.html'}, after {(time.monotonic() - since) / 60:.0f} minutes")
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"\n  {folder / 'report.html'}, after {(time.monotonic() - since) / 60:.0f} minutes and "
+        f"{(of_children.ru_utime + of_children.ru_stime) / 60:.0f} minutes of processor time"
+    )
     return not missed and len(done) == len(cases)
 
 

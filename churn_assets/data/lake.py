@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -52,6 +52,8 @@ _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$"
 _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _DAY_FIELD = pa.field(DAY, pa.date32())
+# By path and stamp of a partition.
+_ROWS: dict[tuple[str, str], int] = {}
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,19 @@ class Lake:
     def row_counts(
         self, table: str, first: date | None = None, last: date | None = None
     ) -> dict[date, int]:
-        """Rows per existing partition of [first, last], from the parquet footers."""
-        days = self._existing(table, first, last)
-        if self.on_disk:
-            with self._reaching():
-                paths = {day: self.path(table, day) for day in days}
-                return {day: _rows(path, _stamp(path)) for day, path in paths.items()}
-        return {day: footer.num_rows for day, footer in self._footers(table, days).items()}
+        """Rows per existing partition of [first, last], from the parquet footers.
+
+        A footer is read once in a process for each time its partition was written.
+        """
+        known = {
+            day: (self.path(table, day), stamp)
+            for day, stamp in sorted(self.stamps(table).items())
+            if (first is None or day >= first) and (last is None or day <= last)
+        }
+        new = [day for day, key in known.items() if key not in _ROWS]
+        for day, footer in self._footers(table, new).items():
+            _ROWS[known[day]] = footer.num_rows
+        return {day: _ROWS[key] for day, key in known.items()}
 
     def stamps(self, table: str) -> dict[date, str]:
         """What changes with every write of each partition of `table`; nothing is opened."""
@@ -638,12 +646,6 @@ def _store_error(error: Exception, root: str, endpoint: str) -> UserError | None
 
 def _with_day(schema: pa.Schema) -> pa.Schema:
     return schema.append(_DAY_FIELD)
-
-
-@lru_cache(maxsize=50_000)
-def _rows(path: str, stamp: str) -> int:
-    """The rows of a partition's file on disk, read once for each time it is written."""
-    return pq.read_metadata(path).num_rows
 
 
 def _stamp(path: str) -> str:

@@ -34,13 +34,13 @@ def make_user(url: str, user: str, password: str, experiment: str, model: str) -
         users.update_user_password(user, password)
         told = f"the user {user} has its password"
     found = client.get_experiment_by_name(experiment)
-    names = [one.name for one in client.search_registered_models(f"name = '{model}'")]
-    there = [("experiment", found.experiment_id)] if found else []
-    there += [("registered_model", name) for name in names]
-    for kind, name in there:
-        if users.get_user_permission(user, kind, name).permission != ALL:
-            users.grant_user_permission(user, kind, name, ALL)
-            told += f", and may change the {kind.replace('_', ' ')} {name}"
+    there = [("experiment", found.experiment_id, f"experiment {experiment}")] if found else []
+    if client.search_registered_models(f"name = '{model}'"):
+        there.append(("registered_model", model, f"registered model {model}"))
+    for kind, id, title in there:
+        if users.get_user_permission(user, kind, id).permission != ALL:
+            users.grant_user_permission(user, kind, id, ALL)
+            told += f", and may change the {title}"
     return told
 
 

@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from datetime import date, timedelta
 from itertools import pairwise
+from typing import Any
 
 import ibis
 import pyarrow as pa
@@ -101,6 +103,23 @@ def test_a_write_replaces_exactly_its_partitions(tmp_path) -> None:
     assert set(after) == set(before)
     assert changed == {f"orders/day={day}/part-0.parquet" for day in DAYS[1:3]}
     assert lake.row_counts("orders", DAYS[1], DAYS[2]) == {DAYS[1]: 1, DAYS[2]: 0}
+
+
+def test_rows_are_counted_once_until_a_partition_is_written_again(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, read = filled(tmp_path), []
+    footers = Lake._footers
+
+    def counted(lake: Lake, table: str, days: Sequence[date]) -> Any:
+        read.append(list(days))
+        return footers(lake, table, days)
+
+    monkeypatch.setattr(Lake, "_footers", counted)
+    assert lake.row_counts("orders") == Lake(lake.root).row_counts("orders")
+    lake.write("orders", DAYS[1], DAYS[1], orders(midnight(DAYS[1])), day_of="occurred_at")
+    assert lake.row_counts("orders")[DAYS[1]] == 1
+    assert read == [DAYS, [], [DAYS[1]]]
 
 
 def test_writing_the_same_again_changes_no_byte(tmp_path) -> None:

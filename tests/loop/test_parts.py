@@ -19,7 +19,7 @@ import pytest
 from cluster import QUICK_JAVA, standalone
 from command import Done, churn, environment, write_config
 from mlflow import MlflowClient
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException
 from parts import ARTIFACTS, PATIENCE_S, USER, Parts, all_parts, database_url, make_user
 from test_up import get, processes_of, start, wait_for
 
@@ -323,7 +323,7 @@ def test_the_user_of_mlflow_is_no_administrator_and_gets_what_was_there_before(
         client.set_experiment_tag(former.experiment_id, "changed", "yes")
         client.set_registered_model_tag("former-model", "changed", "yes")
 
-    with pytest.raises(RestException, match="Permission denied"):
+    with pytest.raises(MlflowException, match="Permission denied"):
         change()
     told = (
         f"the user {USER} has its password, and may change the experiment former, "

@@ -911,7 +911,10 @@ def alerts_close(key: str, who: str, why: str) -> None:
 
 
 def _import_skops() -> None:
-    """Before all else that a training imports: it looks for scipy's functions in every module."""
+    """Before all else that a training imports.
+
+    It looks each of scipy's functions up in every module that is there, which takes seconds later.
+    """
     import skops.io  # noqa: F401
 
 

@@ -52,8 +52,8 @@ _PARTITION = re.compile(rf"/{DAY}=(\d{{4}}-\d{{2}}-\d{{2}})/{re.escape(_FILE)}$"
 _WORKSPACE = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _DAY_FIELD = pa.field(DAY, pa.date32())
-# By path and stamp of a partition.
-_ROWS: dict[tuple[str, str], int] = {}
+# Of each partition's path: its stamp when its rows were counted, and how many they were.
+_ROWS: dict[str, tuple[str, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,17 @@ class Lake:
 
         A footer is read once in a process for each time its partition was written.
         """
-        known = {
-            day: (self.path(table, day), stamp)
-            for day, stamp in sorted(self.stamps(table).items())
+        stamps = self.stamps(table)
+        days = [
+            day
+            for day in sorted(stamps)
             if (first is None or day >= first) and (last is None or day <= last)
-        }
-        new = [day for day, key in known.items() if key not in _ROWS]
+        ]
+        counted = {day: _ROWS.get(self.path(table, day), ("", 0)) for day in days}
+        new = [day for day, (stamp, _) in counted.items() if stamp != stamps[day]]
         for day, footer in self._footers(table, new).items():
-            _ROWS[known[day]] = footer.num_rows
-        return {day: _ROWS[key] for day, key in known.items()}
+            counted[day] = _ROWS[self.path(table, day)] = stamps[day], footer.num_rows
+        return {day: rows for day, (_, rows) in counted.items()}
 
     def stamps(self, table: str) -> dict[date, str]:
         """What changes with every write of each partition of `table`; nothing is opened."""
@@ -167,9 +169,7 @@ class Lake:
         """
         self._require(table, [day])
         with self._reaching():
-            # Past fsspec where that is not needed, as in _footers.
-            filesystem = None if self.on_disk else self.filesystem
-            return pq.read_schema(self.path(table, day), filesystem=filesystem)
+            return pq.read_schema(self.path(table, day), filesystem=self.filesystem)
 
     def scan(
         self,

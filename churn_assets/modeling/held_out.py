@@ -166,10 +166,11 @@ def judge_held_out(
         golden=(x[golden].astype(np.float64), p[golden]),
         requests=_bodies(test.iloc[chosen[:REQUEST_ROWS]], features),
         reference={name: train[name].to_numpy(dtype=np.float64) for name in features},
-        plots=_plots(evaluation, estimator, x, y, p, features, recency, threshold, seed)
-        | {"profit": plots.profit_plot(profit)}
-        if draw
-        else {},
+        plots=(
+            _plots(evaluation, estimator, x, y, p, features, recency, threshold, seed, profit)
+            if draw
+            else {}
+        ),
     )
 
 
@@ -203,8 +204,10 @@ def _plots(
     recency: NDArray[Any] | None,
     threshold: float,
     seed: int,
+    profit: ProfitCurve,
 ) -> dict[str, bytes]:
     figures = {
+        "profit": plots.profit_plot(profit),
         "confusion_matrix": plots.confusion_matrix_plot(y, p, threshold=threshold),
         "reliability": plots.reliability_plot(y, p),
         "scores": plots.score_histogram(y, p, threshold=threshold),

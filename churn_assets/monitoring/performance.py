@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from churn_assets.data.lake import Lake
+from churn_assets.data.prediction_log import read_log
 from churn_assets.data.windows import cutoff_of, midnight, partition_of
 from churn_assets.errors import UserError
 from churn_assets.modeling.bootstrap import (
@@ -43,7 +44,6 @@ from churn_assets.monitoring.outcomes import (
 FIGURES = ("accuracy", "auc", "log_loss", "brier", "calibration_error")
 RELEASES_KEPT = 20
 ROWS_AT_A_TIME = 200_000
-HOLDOUT = "holdout"
 
 _DAY = timedelta(days=1)
 _COLUMNS = (
@@ -57,6 +57,7 @@ _COLUMNS = (
     "model_version",
     "release_id",
     "cutoff",
+    "holdout",
 )
 EMPTY_LOGGED = pd.DataFrame(
     {
@@ -241,9 +242,7 @@ def logged_predictions(
     """
     parts = [EMPTY_LOGGED]
     for some in _some_at_a_time(lake, days):
-        there = lake.schema(PREDICTION_LOG, some[0]).names
-        columns = [*_COLUMNS, *([HOLDOUT] if HOLDOUT in there else [])]
-        log = lake.read(PREDICTION_LOG, days=some, columns=columns).to_pandas()
+        log = read_log(lake, some, _COLUMNS).to_pandas()
         if log.empty:
             continue
         rows = log[["request_id", "at", "customer_id", "release_id"]].copy()
@@ -251,8 +250,7 @@ def logged_predictions(
         arm = np.where(log["arm"] == "challenger", log["challenger"], log["champion"])
         rows["answered"] = pd.Series(arm, dtype="float64").fillna(log["probability"])
         rows["p"] = scored_by(log, version)
-        held = log[HOLDOUT] if HOLDOUT in log else pd.Series(False, index=log.index)
-        rows["holdout"] = held.eq(True).to_numpy(dtype=bool, na_value=False)
+        rows["holdout"] = log["holdout"].eq(True).to_numpy(dtype=bool, na_value=False)
         rows = rows.sort_values(["at", "request_id"], kind="stable")
         parts.append(rows.drop_duplicates(["customer_id", "cutoff", "release_id"]))
     frames = [part for part in parts if len(part)]
@@ -260,18 +258,17 @@ def logged_predictions(
 
 
 def _some_at_a_time(lake: Lake, days: Sequence[date]) -> list[list[date]]:
-    """The partitions `days`, in order, those together that have the same columns and few rows."""
+    """The partitions `days`, in order, those together that have few rows."""
     rows = lake.row_counts(PREDICTION_LOG, min(days), max(days)) if days else {}
     some: list[list[date]] = []
-    columns, together = None, 0
+    together = 0
     for day in days:
-        names = lake.schema(PREDICTION_LOG, day).names
         together += rows[day]
-        if names == columns and together <= ROWS_AT_A_TIME:
+        if some and together <= ROWS_AT_A_TIME:
             some[-1].append(day)
         else:
             some.append([day])
-            columns, together = names, rows[day]
+            together = rows[day]
     return some
 
 

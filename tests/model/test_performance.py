@@ -411,7 +411,7 @@ def test_days_read_together_say_what_each_says_alone(
 
     monkeypatch.setattr(Lake, "read", counted)
     together = performance.logged_predictions(lake, days, "7", timedelta())
-    assert reads == [days[:2], days[2:]]
+    assert reads == [days]
     assert together["holdout"].sum() == logged[
         logged["customer_id"].str.endswith("0") & (logged["at"].dt.date >= days[2])
     ].pipe(len)

@@ -56,8 +56,8 @@ CASES = (
     Case("login_tracking_broken", "login tracking broken", "login_tracking_broken", days=54),
     Case("new_market", "new market", "new_market", days=75, every=4),
     Case("gradual_shift", "gradual behaviour shift", "gradual_shift", days=110, every=3),
-    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=90, every=3),
-    Case("bad_model", "bad model forced into production", days=30, sabotage="backwards"),
+    Case("sudden_shift", "sudden concept shift", "sudden_shift", days=110, every=3),
+    Case("bad_model", "bad model forced into production", days=38, sabotage="backwards"),
     Case("slow_release", "slow release", days=20, sabotage="slow"),
     Case("failing_release", "failing release", days=20, sabotage="failing"),
     Case(

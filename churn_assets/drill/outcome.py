@@ -85,7 +85,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """A case and how it ended. Days count from the change; None is `not` or `does not apply`.
 
     harm: AUC that doing nothing lost against the oracle at worst, or the share of requests that
-    failed or were late. days_to_heal: until what is served stays within HARM of the oracle.
+    failed or were late. days_to_heal: until what is served stays within HARM of the oracle, which
+    WINDOW_DAYS and more have to show.
     days_after_labels: the same, counted from the first day on which a label of the time after the
     change can have matured. auc_gap: of the last WINDOW_DAYS. auc_lost, auc_lost_doing_nothing: the
     mean gap to the oracle from the change on. false_retrains: asked for by drift or decay where
@@ -164,12 +165,17 @@ def worst_gap(days: Sequence[Day], since: date) -> float:
 
 
 def healed_on(days: Sequence[Day], since: date) -> date | None:
-    """The first day from which on what is served stays within HARM of the oracle."""
-    healed = None
+    """The first day from which on what is served stays within HARM of the oracle.
+
+    None when that is seen for less than WINDOW_DAYS: one good day at the end proves nothing.
+    """
+    healed = last = None
     for day, gap in reversed(gaps(days, "served", since)):
         if gap > HARM:
             break
-        healed = day
+        healed, last = day, last or day
+    if healed is None or last is None or last - healed < WINDOW_DAYS * _DAY:
+        return None
     return healed
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Generator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import dagster as dg
@@ -22,6 +23,7 @@ from registered import NOW, Shop
 from churn_assets.contract.features import FEATURE_NAMES
 from churn_assets.data.prediction_log import PREDICTION_LOG, SCHEMA
 from churn_assets.data.windows import cutoff_of
+from churn_assets.defs import monitoring
 from churn_assets.defs.health import health_page, page_of
 from churn_assets.defs.monitoring import drift_report
 from churn_assets.defs.partitions import SETTINGS
@@ -54,10 +56,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Generator[Shop]:
         yield made
 
 
-def materialized(shop: Shop) -> tuple[DriftRecord, dict[str, Any], dict[str, bool]]:
+def materialized(
+    shop: Shop, draw: Literal["always", "on_drift", "never"] = "always"
+) -> tuple[DriftRecord, dict[str, Any], dict[str, bool]]:
     """The record of a report, what the asset shows, and which checks passed."""
     project = Project(shop.home, SETTINGS)
-    with warnings.catch_warnings(), dg.DagsterInstance.ephemeral() as instance:
+    settings = msgspec.structs.replace(SETTINGS, drift=replace(SETTINGS.drift, draw=draw))
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(monitoring, "SETTINGS", settings),
+        dg.DagsterInstance.ephemeral() as instance,
+    ):
         # SQLAlchemy's and Evidently's, about how they are written.
         warnings.simplefilter("ignore")
         done = dg.materialize(
@@ -87,6 +96,13 @@ def promote(shop: Shop, version: str) -> None:
         shop.client(), "churn", version, "Production", who="ada", why="the first one",
         evidence=Evidence("bootstrap", {"auc": 0.9}), now=NOW, plan=rollback_plan(shop.read()),
     )  # fmt: skip
+
+
+def assert_undrawn(found: tuple[DriftRecord, dict[str, Any], Any], drawn: DriftRecord) -> None:
+    """The same is found without a page of Evidently's, and none is pointed to."""
+    record, shown, _ = found
+    assert (record.page, "evidently" in shown) == ("", False)
+    assert (record.verdict, record.drifted) == (drawn.verdict, drawn.drifted)
 
 
 def assert_on_the_health_page(shop: Shop, promoted: str) -> None:
@@ -141,6 +157,7 @@ def test_from_an_empty_home_to_drifted_requests(shop: Shop) -> None:
     assert record.prediction.verdict == "ok"
     assert passed == {"no_drift": True, "prediction_mean_stable": True}
     assert shown["evidently"].startswith("http://")
+    assert_undrawn(materialized(shop, "on_drift"), record)
 
     for back in range(1, 8):
         at = TODAY - back * DAY
@@ -167,5 +184,7 @@ def test_from_an_empty_home_to_drifted_requests(shop: Shop) -> None:
     last = {metric.name: metric for metric in read_metrics(shop.home.metrics, since=record.until)}
     assert last["prediction_shift"].verdict == "alert"
     assert last["ks/avg_order_value"].release_id == shop.releases[good].manifest.release_id
+    assert "evidently" in materialized(shop, "on_drift")[1]
+    assert_undrawn(materialized(shop, "never"), record)
     assert list(shop.home.evidently.glob("*/snapshots/*.json"))
     assert_on_the_health_page(shop, good)

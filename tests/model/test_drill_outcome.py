@@ -67,13 +67,14 @@ def test_harm_is_what_doing_nothing_loses() -> None:
 
 
 def test_healed_is_for_good() -> None:
-    gaps = [0.0, 0.1, 0.1, 0.01, 0.05, 0.019, 0.0, 0.01]
+    gaps = [0.0, 0.1, 0.1, 0.01, 0.05, 0.019, *([0.0] * 9), 0.01]
     assert healed_on(days_of(gaps), CASE.change) == CASE.change + 5 * DAY
     done = ended(days=days_of(gaps, nothing=0.1))
     assert (done.healed, done.days_to_heal, done.days_after_labels) == (True, 5, 5 - 14)
     assert done.auc_gap == pytest.approx(0.01)
-    never = ended(days=days_of([0.1] * 8, nothing=0.1))
-    assert (never.healed, never.days_to_heal) == (False, None)
+    for unhealed in ([0.1] * 8, gaps[:-1]):
+        never = ended(days=days_of(unhealed, nothing=0.1))
+        assert (never.healed, never.days_to_heal) == (False, None)
 
 
 def test_days_without_enough_requests_are_unknown() -> None:

@@ -1,8 +1,9 @@
 """The product on Kubernetes: values of Dagster's chart, and manifests of ours beside it.
 
-The chart itself is in no package, so it is not rendered: its values are held against a schema of
-the keys we use (dagster_chart.yaml), and what they put into a pod is put into one here. A run's Job
-is made by dagster-k8s itself, where it is installed.
+The chart itself is in no package, so it is not rendered here; docs/kubernetes.md has what was seen
+of it. Its values are held against a schema of the keys we use (dagster_chart.yaml), and what they
+put into a pod is put into one here. A run's Job is made by dagster-k8s itself, where it is
+installed.
 """
 
 from __future__ import annotations
@@ -98,6 +99,18 @@ def chart_pod(values: Document) -> Document:
                     **probes,
                 }
             ],
+            "initContainers": [
+                {
+                    # The chart's, with the rights of the pod's own container.
+                    "name": "init-user-deployment-churn-code",
+                    "image": "{repository}:{tag}".format(**VALUES["busybox"]["image"]),
+                    "command": ["sh", "-c", "until nslookup churn-code; do sleep 2; done"],
+                    "securityContext": values["securityContext"],
+                    "resources": values["initContainerResources"],
+                }
+            ]
+            if "initContainerResources" in values
+            else [],
         },
     }
 
@@ -150,9 +163,10 @@ def test_a_pod_may_do_nothing_it_need_not(name: str) -> None:
     spec, _ = PODS[name]
     (container,) = spec["containers"]
     assert spec["securityContext"].items() >= POD_SECURITY.items()
-    assert container["securityContext"] == CONTAINER_SECURITY
-    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
-    assert "memory" in container["resources"]["limits"]
+    for one in (container, *spec.get("initContainers", ())):
+        assert one["securityContext"] == CONTAINER_SECURITY
+        assert {"cpu", "memory"} <= one["resources"]["requests"].keys()
+        assert "memory" in one["resources"]["limits"]
     assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
 
@@ -245,13 +259,12 @@ def test_the_settings_find_all_they_need(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_instance_is_that_of_the_project() -> None:
     project = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text())
     daemon = VALUES["dagsterDaemon"]
-    queue = daemon["runCoordinator"]["config"]["queuedRunCoordinator"]
-    runs = project["concurrency"]["runs"]
-    assert queue["maxConcurrentRuns"] == runs["max_concurrent_runs"]
-    assert queue["tagConcurrencyLimits"] == runs["tag_concurrency_limits"]
+    queue = daemon["runCoordinator"]["config"]["customRunCoordinator"]["config"]
+    expected = project["concurrency"]["runs"] | project["run_queue"]
+    assert queue.items() >= expected.items()
     # One more than may run at once would never be healthy: then no run can be evicted.
     budget = OURS["PodDisruptionBudget", "churn-runs"]["spec"]
-    assert budget["minAvailable"] == queue["maxConcurrentRuns"]
+    assert budget["minAvailable"] == queue["max_concurrent_runs"]
     assert daemon["runRetries"]["maxRetries"] == project["run_retries"]["max_retries"]
     assert VALUES["pythonLogs"]["pythonLogLevel"] == project["python_logs"]["python_log_level"]
     compose = yaml.safe_load((PROJECT_ROOT / "deploy" / "compose" / "dagster.yaml").read_text())
@@ -273,15 +286,24 @@ def test_the_instance_is_that_of_the_project() -> None:
 
 
 def test_dagster_takes_what_the_chart_hands_it() -> None:
+    from dagster import QueuedRunCoordinator
     from dagster._config import process_config
     from dagster._core.instance.config import dagster_instance_config_schema
     from dagster._core.storage.compute_log_manager import ComputeLogManager
     from dagster._serdes import ConfigurableClassData
 
     custom = VALUES["computeLogManager"]["config"]["customComputeLogManager"]
-    instance = {**VALUES["additionalInstanceConfig"], "compute_logs": custom}
+    queue = VALUES["dagsterDaemon"]["runCoordinator"]["config"]["customRunCoordinator"]
+    instance = {
+        **VALUES["additionalInstanceConfig"], "compute_logs": custom, "run_coordinator": queue,
+    }  # fmt: skip
     taken = process_config(dagster_instance_config_schema(), instance)
     assert taken.success, taken.errors
+    coordinator = ConfigurableClassData(
+        queue["module"], queue["class"], yaml.safe_dump(queue["config"])
+    ).rehydrate(as_type=QueuedRunCoordinator)
+    read = coordinator.get_run_queue_config()
+    assert (read.max_concurrent_runs, read.max_user_code_failure_retries) == (5, 3)
     kept = ConfigurableClassData(
         custom["module"], custom["class"], yaml.safe_dump(custom["config"])
     )
@@ -355,6 +377,13 @@ def test_who_may_ask_whom() -> None:
     assert not closed.get("ingress")
     assert not closed.get("egress")
     assert VALUES["dagsterWebserver"]["service"]["type"] == "ClusterIP"
+
+
+def test_a_migration_reaches_its_database_and_nothing_else() -> None:
+    # The chart's Job `migrate.enabled`, of a release named dagster.
+    labels = {"batch.kubernetes.io/job-name": "dagster-dagster-webserver-instance-migrate"}
+    rules = [r for p in POLICIES if selects(p["podSelector"], labels) for r in p.get("egress", ())]
+    assert {port["port"] for rule in rules for port in rule["ports"]} == {53, 5432}
 
 
 def test_the_service_follows_the_home() -> None:

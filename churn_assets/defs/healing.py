@@ -14,7 +14,6 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.defs.weekly import REASON
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.comparison import replay_on_day
 from churn_assets.lifecycle.history import Evidence, last_known_good, tenures
 from churn_assets.lifecycle.records import TrainingSetRecord, every_record, records_by_run
 from churn_assets.lifecycle.registry import POLICY, Registry, read_registry
@@ -241,18 +240,8 @@ def former_version_replayed(project: Project, registry: Registry) -> Evidence | 
     days = project.sound_days(project.labelled_days())
     if not days:
         return "no labelled day is untouched by faults of the feeds"
-    return replay_on_day(
-        project.mlflow_client(),
-        project.lake,
-        registry,
-        production,
-        former,
-        days[-1],
-        SETTINGS.windows.horizon_days,
-        project.home.releases,
-        SETTINGS.promotion,
-        SETTINGS.holdout,
-        SETTINGS.rollback.min_rows,
+    return project.comparison(registry).on_day(
+        production, former, days[-1], min_rows=SETTINGS.rollback.min_rows
     )
 
 

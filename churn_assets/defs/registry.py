@@ -13,7 +13,6 @@ from churn_assets.defs.partitions import SETTINGS
 from churn_assets.defs.resources import Project, read_record
 from churn_assets.defs.trial import tried_beside_incumbent
 from churn_assets.errors import UserError
-from churn_assets.lifecycle.comparison import compare_with_incumbent
 from churn_assets.lifecycle.history import CHALLENGER, Evidence, tenures
 from churn_assets.lifecycle.production import carry_out, figures_of, in_production_now, roll_back
 from churn_assets.lifecycle.promotion import Approval, PromotionDecision, decide
@@ -117,16 +116,7 @@ def promotion_decision(
     if by_trial:
         comparison = tried_beside_incumbent(project, registry, version)
     else:
-        comparison = compare_with_incumbent(
-            client,
-            project.lake,
-            registry,
-            version,
-            project.home.releases,
-            SETTINGS.promotion,
-            SETTINGS.windows.horizon_days,
-            SETTINGS.holdout,
-        )
+        comparison = project.comparison(registry).with_incumbent(version)
     decision = decide(
         registry,
         version,

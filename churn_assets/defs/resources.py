@@ -33,8 +33,10 @@ from churn_assets.data.windows import (
 )
 from churn_assets.errors import UserError
 from churn_assets.home import Home
+from churn_assets.lifecycle.comparison import Comparison
 from churn_assets.lifecycle.experiments import EXPERIMENT, ensure_experiment
 from churn_assets.lifecycle.model_card import About
+from churn_assets.lifecycle.registry import Registry
 from churn_assets.monitoring.exposition import write_exposition
 from churn_assets.monitoring.feeds import Fault, contaminated, find_faults
 from churn_assets.monitoring.metric import Metric, append_metrics, read_metrics
@@ -250,6 +252,19 @@ class Project:
         from mlflow import MlflowClient
 
         return MlflowClient(self.home.mlflow_uri)
+
+    def comparison(self, registry: Registry) -> Comparison:
+        """What compares two versions of `registry` on labelled customers."""
+        settings = self.settings
+        return Comparison(
+            client=self.mlflow_client(),
+            registry=registry,
+            lake=self.lake,
+            releases=self.home.releases,
+            policy=settings.promotion,
+            holdout=settings.holdout,
+            horizon_days=settings.windows.horizon_days,
+        )
 
 
 @dg.resource(

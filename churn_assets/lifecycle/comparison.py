@@ -6,6 +6,7 @@ makes the version look wrong that saw the customer leaving, and the other one ri
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,117 +32,103 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def compare_with_incumbent(
-    client: MlflowClient,
-    lake: Lake,
-    registry: Registry,
-    version: str,
-    releases: Path,
-    policy: PromotionPolicy,
-    horizon_days: int,
-    holdout: Holdout,
-) -> Evidence | str | None:
-    """`version` and the one in Production on the test cutoff of the former, as both are released.
+@dataclass(frozen=True)
+class Comparison:
+    """What it takes to compare two versions on labelled customers of the lake.
 
-    Neither was fitted on those rows, unless the incumbent is the younger one. Returns why, when
-    they cannot be compared, and None when nothing is in Production.
+    releases: the folder where fetched releases are kept. horizon_days: of the labels.
     """
-    if registry.production is None:
-        return None
-    candidate, incumbent = registry.version(version), registry.version(registry.production)
-    try:
-        data_hash = candidate.tags.get("data_hash")
-        params = client.get_run(candidate.run_id).data.params if candidate.run_id else {}
-        day = params.get("data_test_cutoff")
-        if not data_hash or not day:
-            raise UserError(f"version {version} names no training set or no test cutoff")
-        frame = restore_training_set(lake, data_hash).to_pandas()
-        cutoff = date.fromisoformat(day)
-        rows, population = _undistorted(
-            lake, rows_of(frame, [cutoff]), cutoff, horizon_days, holdout, policy.min_rows
-        )
-        scores = [_scores(client, one, rows, releases) for one in (candidate, incumbent)]
-    except UserError as error:
-        return str(error)
-    return paired_replay(
-        outcomes(rows),
-        *scores,
-        incumbent_version=incumbent.version,
-        policy=policy,
-        population=population,
-    )
 
+    client: MlflowClient
+    registry: Registry
+    lake: Lake
+    releases: Path
+    policy: PromotionPolicy
+    holdout: Holdout
+    horizon_days: int
 
-def replay_on_day(
-    client: MlflowClient,
-    lake: Lake,
-    registry: Registry,
-    version: str,
-    former: str,
-    day: date,
-    horizon_days: int,
-    releases: Path,
-    policy: PromotionPolicy,
-    holdout: Holdout,
-    min_rows: int,
-) -> Evidence | str:
-    """`version` against `former` on the labelled customers of the feature day `day`.
+    def with_incumbent(self, version: str) -> Evidence | str | None:
+        """`version` and the one in Production on the test cutoff of the former.
 
-    A version that has learned from that day is flattered by it, so that this can speak against it
-    but not for it. min_rows: fewer are no evidence. Returns why, when they cannot be compared.
-    """
-    matured = label_partition(day, horizon_days)
-    try:
-        features = lake.read(FEATURES_TABLE, day, day).to_pandas()
-        labels = lake.read(
-            LABELS_TABLE, matured, matured, columns=["customer_id", "churned"]
-        ).to_pandas()
-        rows, population = _undistorted(
-            lake,
-            features.merge(labels, on="customer_id", validate="one_to_one"),
-            day,
-            horizon_days,
-            holdout,
-            min_rows,
-        )
+        Neither was fitted on those rows, unless the incumbent is the younger one. Returns why,
+        when they cannot be compared, and None when nothing is in Production.
+        """
+        if self.registry.production is None:
+            return None
+        candidate = self.registry.version(version)
+        try:
+            data_hash = candidate.tags.get("data_hash")
+            run = self.client.get_run(candidate.run_id) if candidate.run_id else None
+            day = run.data.params.get("data_test_cutoff") if run else None
+            if not data_hash or not day:
+                raise UserError(f"version {version} names no training set or no test cutoff")
+            frame = restore_training_set(self.lake, data_hash).to_pandas()
+            cutoff = date.fromisoformat(day)
+            rows = rows_of(frame, [cutoff])
+            return self._replay(
+                version, self.registry.production, rows, cutoff, self.policy.min_rows
+            )
+        except UserError as error:
+            return str(error)
+
+    def on_day(self, version: str, former: str, day: date, *, min_rows: int) -> Evidence | str:
+        """`version` against `former` on the labelled customers of the feature day `day`.
+
+        A version that has learned from that day is flattered by it, so that this can speak against
+        it but not for it. min_rows: fewer held out are no evidence. Returns why, when they cannot
+        be compared.
+        """
+        matured = label_partition(day, self.horizon_days)
+        try:
+            features = self.lake.read(FEATURES_TABLE, day, day).to_pandas()
+            labels = self.lake.read(
+                LABELS_TABLE, matured, matured, columns=["customer_id", "churned"]
+            ).to_pandas()
+            rows = features.merge(labels, on="customer_id", validate="one_to_one")
+            return self._replay(version, former, rows, day, min_rows)
+        except UserError as error:
+            return str(error)
+
+    def _replay(
+        self, version: str, former: str, rows: pd.DataFrame, day: date, min_rows: int
+    ) -> Evidence:
+        """Both as they were released, on the customers of a feature day. Raises UserError."""
+        kept, population = self._undistorted(rows, day, min_rows)
         scores = [
-            _scores(client, registry.version(one), rows, releases) for one in (version, former)
+            _scores(self.client, self.registry.version(one), kept, self.releases)
+            for one in (version, former)
         ]
-    except UserError as error:
-        return str(error)
-    return paired_replay(
-        outcomes(rows), *scores, incumbent_version=former, policy=policy, population=population
-    )
+        return paired_replay(
+            outcomes(kept),
+            *scores,
+            incumbent_version=former,
+            policy=self.policy,
+            population=population,
+        )
 
+    def _undistorted(
+        self, rows: pd.DataFrame, day: date, min_rows: int
+    ) -> tuple[pd.DataFrame, dict[str, float | str]]:
+        """The customers of a feature day to compare on, and who they are, for the evidence.
 
-def _undistorted(
-    lake: Lake,
-    rows: pd.DataFrame,
-    day: date,
-    horizon_days: int,
-    holdout: Holdout,
-    min_rows: int,
-) -> tuple[pd.DataFrame, dict[str, float | str]]:
-    """The customers of a feature day to compare on, and who they are, as figures of the evidence.
-
-    All of them where none was served an offer since the day itself, whose requests are what offers
-    are served on. Else those held out, unless they are fewer than `min_rows`: then all of them
-    again, which the figures say.
-    """
-    cutoff = cutoff_of(day)
-    until = label_window(cutoff, horizon_days).end
-    treated = offered_between(lake, cutoff - timedelta(days=1), until)
-    offered = int(rows["customer_id"].isin(treated).sum())
-    if not offered:
-        return rows, {}
-    held_out = rows[rows["customer_id"].map(holdout.membership()).astype(bool)]
-    enough = len(held_out) >= min_rows
-    figures: dict[str, float | str] = {
-        "population": "held out" if enough else "everyone",
-        "offered": offered,
-        "held_out": len(held_out),
-    }
-    return (held_out if enough else rows), figures
+        All of them where none was served an offer since the day itself, whose requests are what
+        offers are served on. Else those held out, unless they are fewer than `min_rows`: then all
+        of them again, which the figures say.
+        """
+        cutoff = cutoff_of(day)
+        until = label_window(cutoff, self.horizon_days).end
+        treated = offered_between(self.lake, cutoff - timedelta(days=1), until)
+        offered = int(rows["customer_id"].isin(treated).sum())
+        if not offered:
+            return rows, {}
+        held_out = rows[rows["customer_id"].map(self.holdout.membership()).astype(bool)]
+        enough = len(held_out) >= min_rows
+        figures: dict[str, float | str] = {
+            "population": "held out" if enough else "everyone",
+            "offered": offered,
+            "held_out": len(held_out),
+        }
+        return (held_out if enough else rows), figures
 
 
 def _scores(

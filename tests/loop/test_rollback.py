@@ -31,7 +31,7 @@ from churn_assets.errors import UserError
 from churn_assets.home import Home
 from churn_assets.home_format import MARKER
 from churn_assets.lifecycle.bento import bento_of_tag
-from churn_assets.lifecycle.comparison import compare_with_incumbent, replay_on_day
+from churn_assets.lifecycle.comparison import Comparison
 from churn_assets.lifecycle.history import Evidence
 from churn_assets.lifecycle.pointer import read_current
 from churn_assets.lifecycle.promotion import PromotionPolicy, population_of
@@ -159,10 +159,11 @@ def test_two_versions_on_the_labelled_customers_of_a_day(shop: Shop, tmp_path: P
     def compared(
         version: str, former: str, on: date = day, holdout: Holdout = FEW_HELD_OUT
     ) -> Evidence | str:
-        return replay_on_day(
-            shop.client(), lake, shop.read(), version, former, on, horizon,
-            shop.home.releases, PromotionPolicy(), holdout, 100,
-        )  # fmt: skip
+        policy, releases = PromotionPolicy(), shop.home.releases
+        comparison = Comparison(
+            shop.client(), shop.read(), lake, releases, policy, holdout, horizon
+        )
+        return comparison.on_day(version, former, on, min_rows=100)
 
     def write_labels(churned: np.ndarray) -> None:
         labels = pa.table({"customer_id": ids, "churned": churned})
@@ -222,10 +223,10 @@ def test_a_candidate_is_compared_on_the_hold_out_where_offers_were_served(
     shutil.copytree(shop.home.lake, lake.root)
 
     def compared() -> Evidence:
-        evidence = compare_with_incumbent(
-            shop.client(), lake, shop.read(), "2", shop.home.releases,
-            PromotionPolicy(min_rows=100), 30, Holdout(0.5),
-        )  # fmt: skip
+        policy = PromotionPolicy(min_rows=100)
+        evidence = Comparison(
+            shop.client(), shop.read(), lake, shop.home.releases, policy, Holdout(0.5), 30
+        ).with_incumbent("2")
         assert isinstance(evidence, Evidence)
         return evidence
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -85,14 +86,13 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """A case and how it ended. Days count from the change; None is `not` or `does not apply`.
 
     harm: AUC that doing nothing lost against the oracle at worst, or the share of requests that
-    failed or were late. days_to_heal: until what is served stays within HARM of the oracle, which
-    WINDOW_DAYS and more have to show.
-    days_after_labels: the same, counted from the first day on which a label of the time after the
-    change can have matured. auc_gap: of the last WINDOW_DAYS. auc_lost, auc_lost_doing_nothing: the
-    mean gap to the oracle from the change on. false_retrains: asked for by drift or decay where
-    nothing harmful had happened. human_steps: of the registry, the forced release apart.
-    failed_runs: and evaluations of sensors that failed. treated: where offers were served; the
-    AUCs are of the hold-out then, whose outcomes no offer changed.
+    failed or were late. days_to_heal: see `healed_on`. days_after_labels: the same, counted from
+    the first day on which a label of the time after the change can have matured. auc_gap: of the
+    last WINDOW_DAYS. auc_lost, auc_lost_doing_nothing: the mean gap to the oracle from the change
+    on. false_retrains: asked for by drift or decay where nothing harmful had happened. human_steps:
+    of the registry, the forced release apart. failed_runs: and evaluations of sensors that failed.
+    treated: where offers were served; the AUCs are of the hold-out then, whose outcomes no offer
+    changed.
     """
 
     name: str
@@ -169,14 +169,9 @@ def healed_on(days: Sequence[Day], since: date) -> date | None:
 
     None when that is seen for less than WINDOW_DAYS: one good day at the end proves nothing.
     """
-    healed = last = None
-    for day, gap in reversed(gaps(days, "served", since)):
-        if gap > HARM:
-            break
-        healed, last = day, last or day
-    if healed is None or last is None or last - healed < WINDOW_DAYS * _DAY:
-        return None
-    return healed
+    latest_first = reversed(gaps(days, "served", since))
+    held = [day for day, _ in takewhile(lambda one: one[1] <= HARM, latest_first)]
+    return held[-1] if held and held[0] - held[-1] >= WINDOW_DAYS * _DAY else None
 
 
 def outcome(

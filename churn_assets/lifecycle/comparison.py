@@ -75,8 +75,8 @@ class Comparison:
         """`version` against `former` on the labelled customers of the feature day `day`.
 
         A version that has learned from that day is flattered by it, so that this can speak against
-        it but not for it. min_rows: fewer held out are no evidence. Returns why, when they cannot
-        be compared.
+        it but not for it. min_rows: with fewer held out, everyone counts. Returns why, when they
+        cannot be compared.
         """
         matured = label_partition(day, self.horizon_days)
         try:
